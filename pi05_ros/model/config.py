@@ -9,6 +9,7 @@ A action dimension, L layers, D head dimension, W width, N Euler steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -95,6 +96,8 @@ class Pi05Config:
         Raises:
             ConfigError: a key is missing, is not a positive number, or the sizes do not fit.
         """
+        if not isinstance(dims, Mapping):
+            raise ConfigError(f'{where} must be an object with dimensions, got {dims!r}')
         try:
             parts = {
                 'vision': _section(VisionConfig, dims['vision'], f'{where}: vision'),
@@ -151,8 +154,8 @@ class Pi05Config:
         for name, gemma in (('vlm', vlm), ('expert', expert)):
             if gemma.num_heads % gemma.num_kv_heads or gemma.head_dim % 2:
                 raise ConfigError(
-                    f'{name}: {gemma.num_heads} heads, {gemma.num_kv_heads} kv heads, '
-                    f'head_dim {gemma.head_dim}: heads must share kv heads evenly, head_dim be even'
+                    f'{name}: {gemma.num_heads} heads, {gemma.num_kv_heads} kv heads, head_dim '
+                    f'{gemma.head_dim}: heads must share kv heads evenly, head_dim must be even'
                 )
 
 
@@ -165,17 +168,25 @@ GEMMA_VARIANTS: dict[str, GemmaConfig] = {
 
 def _section(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """Build one dataclass from a mapping, checking that every needed number is there."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'{where} must be an object with dimensions, got {values!r}')
     known = {field.name: field for field in fields(kind)}
     chosen: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f'{where}: unknown dimension {name!r}; known: {sorted(known)}')
-        is_float = known[name].type == 'float'
-        chosen[name] = float(value) if is_float else _positive_int(value, f'{where}.{name}')
+        check = _positive_float if known[name].type == 'float' else _positive_int
+        chosen[name] = check(value, f'{where}.{name}')
     try:
         return kind(**chosen)
     except TypeError as missing:
         raise ConfigError(f'{where}: {missing}') from None
+
+
+def _positive_float(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f'{where} must be a positive number, got {value!r}')
+    return float(value)
 
 
 def _positive_int(value: Any, where: str) -> int:
