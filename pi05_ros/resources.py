@@ -1,45 +1,56 @@
-"""Where the files that are not Python lie: robot files, launch files, the demo bag."""
+"""Files that are shipped with the package: configuration, launch files and the demo bag."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 from pi05_ros.model.errors import Pi05Error
 
-
-class ResourceError(Pi05Error):
-    """The package's own files cannot be found."""
+_PACKAGE = 'pi05_ros'
 
 
 def share_dir() -> Path:
-    """Return the directory that holds ``config/`` and ``launch/``.
+    """Directory that holds config/, launch/ and msg/.
 
-    In a source tree that is its root, else ``share/pi05_ros`` of the install prefix.
+    Running from a source tree it is that tree, so that an edit takes effect; otherwise it is
+    share/pi05_ros of the prefix into which the package was installed.
 
     Raises:
-        ResourceError: neither is there; lists where it looked.
+        Pi05Error: the modules were copied somewhere without the rest of the package.
     """
-    source_tree = Path(__file__).resolve().parent.parent
-    if (source_tree / 'CMakeLists.txt').is_file() and (source_tree / 'config').is_dir():
-        return source_tree
-    prefixes = [p for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
-    looked = [Path(prefix) / 'share' / 'pi05_ros' for prefix in [*prefixes, sys.prefix]]
-    for directory in looked:
-        if (directory / 'config').is_dir():
-            return directory
-    raise ResourceError(
-        'the files of pi05_ros are not installed; looked in ' + ', '.join(map(str, looked))
+    return _share_dir_of(Path(__file__).resolve().parent)
+
+
+def _share_dir_of(package_dir: Path) -> Path:
+    tree = package_dir.parent
+    if (tree / 'package.xml').is_file() and (tree / 'config').is_dir():
+        return tree
+    # <prefix>/lib/python3.x/site-packages/pi05_ros, or Debian's <prefix>/local/lib/...
+    for prefix in package_dir.parents:
+        share = prefix / 'share' / _PACKAGE
+        if (share / 'package.xml').is_file():
+            return share
+    raise Pi05Error(
+        f'{package_dir}: no share/{_PACKAGE} beside these modules and no source tree around '
+        f'them; install the package with `colcon build` or `pip install .`'
     )
 
 
+def config_dir() -> Path:
+    """Directory of the parameter files, transport profiles and rqt files."""
+    return share_dir() / 'config'
+
+
 def robot_dir() -> Path:
-    """Return the directory of the shipped robot files."""
-    return share_dir() / 'config' / 'robots'
+    """Directory of the shipped robot files (NAME.yaml)."""
+    return config_dir() / 'robots'
 
 
 def demo_bag() -> Path:
-    """Return the directory of the shipped LIBERO bag."""
-    source = share_dir() / 'test' / 'data' / 'libero_spatial_bowl'
-    return source if source.is_dir() else share_dir() / 'demo' / 'libero_spatial_bowl'
+    """Directory of the recorded bag that the demo plays."""
+    share = share_dir()
+    for folder in (share / 'demo', share / 'test' / 'data'):
+        bag = folder / 'libero_spatial_bowl'
+        if (bag / 'metadata.yaml').is_file():
+            return bag
+    raise Pi05Error(f'{share}: the demo bag libero_spatial_bowl is missing; reinstall {_PACKAGE}')
