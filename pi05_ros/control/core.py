@@ -1,0 +1,244 @@
+"""The control tick: is there a complete, fresh observation, and what does the policy say to it?
+
+Nothing here knows rclpy: the live node and replay drive the same object with raw messages and a
+clock that is only ever passed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from pi05_ros.model.errors import Pi05Error
+from pi05_ros.policy.types import ActionChunk, Observation
+
+from .gates import NS_PER_MS, check_age, check_skew
+from .inputs import Inputs
+from .parameters import NodeSettings
+from .reasons import Reason, Skip
+from .window import Window
+
+# A pause between two ticks that is longer than this is a jump of the clock, not a slow inference.
+MAX_OVERRUN_NS = 10_000_000_000
+
+
+class PolicyLike(Protocol):
+    """What the core needs of :class:`pi05_ros.policy.policy.Policy`."""
+
+    def act(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> ActionChunk:
+        """Return the actions for one observation; raise Pi05Error to refuse this one only."""
+
+
+@dataclass(frozen=True)
+class TickResult:
+    """What one tick did: either ``chunk`` or ``skip`` is set.
+
+    Args:
+        tick: its number since :meth:`ControlCore.start`; it is part of the noise.
+        now_ns: ROS time of the tick.
+        gate_ms: host time for gates and decoding.
+        act_ms: host time inside the policy.
+        error: the policy broke (rather than refused); it should not be called again.
+    """
+
+    tick: int
+    now_ns: int
+    chunk: ActionChunk | None
+    skip: Skip | None
+    gate_ms: float
+    act_ms: float
+    error: Exception | None = None
+
+    @property
+    def observation_age_ms(self) -> float:
+        """Age of the oldest input at the start of the tick; NaN for a skipped one."""
+        if self.chunk is None:
+            return float('nan')
+        return (self.now_ns - self.chunk.stamp_ns) / NS_PER_MS
+
+
+@dataclass
+class Counters:
+    """Since :meth:`ControlCore.start`; always ``ticks == actions + sum(skips)``.
+
+    ``reused_images`` counts images that were used for more than one action, ``clock_jumps`` how
+    often the clock went back.
+    """
+
+    ticks: int = 0
+    actions: int = 0
+    skips: Counter[Reason] = field(default_factory=Counter)
+    reused_images: int = 0
+    clock_jumps: int = 0
+
+
+class ControlCore:
+    """Decides each tick; holds no clock, no timer and no publisher.
+
+    Args:
+        inputs: filled through :meth:`push`; their camera sizes are fixed already.
+        policy: called once per tick that has a complete observation.
+    """
+
+    def __init__(self, inputs: Inputs, policy: PolicyLike, settings: NodeSettings) -> None:
+        self.inputs = inputs
+        self.policy = policy
+        self.settings = settings
+        self.start()
+
+    def start(self) -> None:
+        """Begin counting at tick 0; called when the node is activated."""
+        self.counters = Counters()
+        self.last: TickResult | None = None
+        self.recent: deque[bool] = deque(maxlen=max(1, round(self.settings.rate_hz)))
+        self.act_window_ms = Window()
+        self._next_tick = 0
+        self._last_tick_ns: int | None = None
+        self._clock_ns: int | None = None
+        self._jumped = False
+        self._used_images: dict[str, int] = {}
+
+    def update(self, settings: NodeSettings) -> None:
+        """Take changed settings (only those that are not read-only differ)."""
+        if settings.prompt != self.settings.prompt:
+            self.inputs.prompt.set(settings.prompt)
+        self.settings = settings
+
+    def advance(self, now_ns: int) -> None:
+        """Tell the time before pushing what arrived until then.
+
+        A clock that went back (a bag that loops, a simulator that was reset) makes every message
+        that is held one from the future, so all are dropped.
+        """
+        if self._clock_ns is not None and now_ns < self._clock_ns:
+            self.inputs.clear()
+            self.counters.clock_jumps += 1
+            self._jumped = True
+            self._last_tick_ns = None
+        self._clock_ns = now_ns
+
+    def push(self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None) -> None:
+        """Take one raw CDR message of an input (see :attr:`Inputs.topics`)."""
+        self.inputs.push(name, raw, receive_ns, sequence)
+
+    def tick(self, now_ns: int) -> TickResult:
+        """Act on the newest inputs, or say why not.
+
+        Args:
+            now_ns: ROS time, the reference of every age.
+        """
+        began_ns = time.perf_counter_ns()
+        self.advance(now_ns)
+        self._count_missed(now_ns)
+        observation = self._observe(now_ns)
+        gated_ns = time.perf_counter_ns()
+        chunk, skip, error = None, None, None
+        if isinstance(observation, Skip):
+            skip = observation
+        else:
+            chunk, skip, error = self._act(observation)
+        done_ns = time.perf_counter_ns()
+        gate_ms, act_ms = (gated_ns - began_ns) / 1e6, (done_ns - gated_ns) / 1e6
+        result = TickResult(self._next_tick, now_ns, chunk, skip, gate_ms, act_ms, error)
+        self._record(result)
+        return result
+
+    def _observe(self, now_ns: int) -> Observation | Skip:
+        """Check everything that is cheap first; decode images last."""
+        inputs, settings = self.inputs, self.settings
+        skip = inputs.missing()
+        if skip is not None:
+            if self._jumped:
+                detail = f'the clock went back, inputs were dropped; {skip.detail}'
+                return Skip(Reason.CLOCK_JUMP_BACK, skip.input_name, detail)
+            return skip
+        return (
+            inputs.malformed()
+            or self._stale(now_ns)
+            or inputs.prompt_skip()
+            or inputs.observation(settings.stamp_source)
+        )
+
+    def _stale(self, now_ns: int) -> Skip | None:
+        settings, source = self.settings, self.settings.stamp_source
+        for slot in self.inputs.sensors.values():
+            is_camera = slot.name in self.inputs.cameras
+            limit_ms = settings.max_image_age_ms if is_camera else settings.max_joint_age_ms
+            stamp_ns = slot.stamp_ns(source)
+            skip = check_age(slot.title, stamp_ns, now_ns, limit_ms, settings.max_future_ms)
+            if skip is not None:
+                return skip
+        stamps = {slot.title: slot.stamp_ns(source) for slot in self.inputs.cameras.values()}
+        return check_skew(stamps, settings.max_skew_ms)
+
+    def _act(
+        self, observation: Observation
+    ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
+        settings = self.settings
+        try:
+            chunk = self.policy.act(
+                observation,
+                tick=self._next_tick,
+                seed=settings.seed,
+                num_steps=settings.num_steps,
+            )
+        except Pi05Error as refusal:
+            return None, Skip(_reason_of(refusal), '', str(refusal)), None
+        except Exception as error:  # a broken device or model: counted here, handled by the caller
+            detail = f'{type(error).__name__}: {error}'
+            return None, Skip(Reason.INFERENCE_FAILED, '', detail), error
+        return self._check(chunk)
+
+    def _check(
+        self, chunk: ActionChunk
+    ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
+        """Refuse the whole chunk if any value is not finite."""
+        finite = np.isfinite(chunk.actions)
+        if finite.all():
+            return chunk, None, None
+        columns = np.flatnonzero(~finite.all(axis=0))
+        names = ', '.join(chunk.names[column] for column in columns)
+        skip = Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
+        return None, skip, None
+
+    def _count_missed(self, now_ns: int) -> None:
+        """Count the periods that passed without a tick because the one before took too long."""
+        last_ns, self._last_tick_ns = self._last_tick_ns, now_ns
+        if last_ns is None or now_ns - last_ns > MAX_OVERRUN_NS:
+            return
+        missed = round((now_ns - last_ns) / self.settings.period_ns) - 1
+        if missed > 0:
+            self.counters.ticks += missed
+            self.counters.skips[Reason.OVERRUN] += missed
+            self.recent.extend([False] * missed)
+            self._next_tick += missed
+
+    def _record(self, result: TickResult) -> None:
+        self._next_tick += 1
+        self._jumped = False
+        self.last = result
+        self.counters.ticks += 1
+        self.recent.append(result.chunk is not None)
+        if result.skip is not None:
+            self.counters.skips[result.skip.reason] += 1
+            return
+        self.counters.actions += 1
+        self.act_window_ms.add(result.act_ms)
+        for name, slot in self.inputs.cameras.items():
+            if self._used_images.get(name) == slot.received:
+                self.counters.reused_images += 1
+            self._used_images[name] = slot.received
+
+
+def _reason_of(refusal: Pi05Error) -> Reason:
+    """Return the stable reason that the error carries; errors without one count as failures."""
+    try:
+        return Reason(getattr(refusal, 'reason', None))
+    except ValueError:
+        return Reason.INFERENCE_FAILED

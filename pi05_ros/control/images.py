@@ -1,0 +1,134 @@
+"""From image messages to RGB pixels, with a named reason for everything that cannot be used."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+from PIL import Image, UnidentifiedImageError, features
+
+from .cdr import CompressedImageMessage, ImageMessage
+from .reasons import InputFault, Reason
+
+# Bytes per pixel of the encodings that are read without a conversion library.
+NATIVE_ENCODINGS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
+
+# Converts the raw CDR of a sensor_msgs/Image of any other encoding to (h, w, 3) uint8 RGB.
+ForeignDecoder = Callable[[bytes], np.ndarray]
+
+# A few kilobytes of PNG can claim gigabytes of pixels; no camera of a robot is larger than this.
+MAX_DECODED_PX = 32_000_000
+_FILE_FORMATS = ('JPEG', 'PNG', 'WEBP')
+_FILE_MODES = ('RGB', 'RGBA', 'L')
+
+
+def decoder_name() -> str:
+    """Name what decodes compressed images: other decoders give slightly other pixels."""
+    turbo = features.version('libjpeg_turbo')
+    return f'Pillow {PIL.__version__}' + (f', libjpeg-turbo {turbo}' if turbo else '')
+
+
+def pixels(image: ImageMessage) -> np.ndarray:
+    """View a raw image as RGB without copying it.
+
+    Returns:
+        (h, w, 3) uint8, read-only, possibly with row padding, reversed or repeated channels:
+        check ``flags.c_contiguous`` before handing it to code that needs plain memory.
+    Raises:
+        InputFault: the encoding is not one of :data:`NATIVE_ENCODINGS`, the image is empty, or
+            ``step`` and the buffer do not fit its size.
+    """
+    channels = NATIVE_ENCODINGS.get(image.encoding)
+    if channels is None:
+        raise InputFault(
+            Reason.BAD_ENCODING,
+            f'encoding {image.encoding!r} is not one of {", ".join(NATIVE_ENCODINGS)}',
+        )
+    check_layout(image, channels)
+    view = np.ndarray(
+        (image.height, image.width, channels),
+        dtype=np.uint8,
+        buffer=image.data,
+        strides=(image.step, channels, 1),
+    )
+    if image.encoding == 'mono8':
+        return np.broadcast_to(view, (image.height, image.width, 3))
+    if image.encoding.startswith('bgr'):
+        return view[:, :, 2::-1]
+    return view[:, :, :3]
+
+
+def check_layout(image: ImageMessage, channels: int) -> None:
+    """Refuse an image whose size, ``step`` and buffer contradict each other."""
+    height, width, step = image.height, image.width, image.step
+    if height == 0 or width == 0:
+        raise InputFault(Reason.BAD_IMAGE_SIZE, f'image is empty ({height}x{width})')
+    if step < width * channels:
+        raise InputFault(
+            Reason.BAD_STEP,
+            f'step {step} is shorter than a row of {width} {image.encoding} pixels '
+            f'({width * channels} bytes)',
+        )
+    expected = step * height
+    if len(image.data) < expected:
+        raise InputFault(
+            Reason.SHORT_BUFFER,
+            f'buffer has {len(image.data)} bytes, step * height is {expected}',
+        )
+    if len(image.data) > expected:
+        raise InputFault(
+            Reason.BAD_STEP,
+            f'buffer has {len(image.data)} bytes, more than step * height = {expected}',
+        )
+
+
+def decode(
+    message: CompressedImageMessage, expected_size_px: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Decode a JPEG, PNG or WebP image to RGB.
+
+    Args:
+        expected_size_px: (height, width); another size is refused before anything is decoded.
+    Returns: (h, w, 3) uint8, contiguous.
+    Raises:
+        InputFault: not an image of these formats, damaged, of another size, or not 8 bit.
+    """
+    try:
+        with Image.open(io.BytesIO(message.data), formats=_FILE_FORMATS) as file:
+            _check_file(file, expected_size_px)
+            return np.asarray(file.convert('RGB'))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputFault(
+            Reason.UNDECODABLE_IMAGE,
+            f'compressed image (format {message.format!r}, {len(message.data)} bytes) '
+            f'cannot be decoded: {error}',
+        ) from error
+
+
+def _check_file(file: Image.Image, expected_size_px: tuple[int, int] | None) -> None:
+    """Look at the header of an opened file, before its pixels are read."""
+    size_px = (file.height, file.width)
+    if expected_size_px is not None and size_px != expected_size_px:
+        raise size_fault(size_px, expected_size_px)
+    if file.height * file.width > MAX_DECODED_PX:
+        raise InputFault(
+            Reason.BAD_IMAGE_SIZE,
+            f'compressed image claims {file.height}x{file.width} pixels, '
+            f'more than {MAX_DECODED_PX}',
+        )
+    if file.mode not in _FILE_MODES:
+        raise InputFault(
+            Reason.BAD_ENCODING,
+            f'compressed image has mode {file.mode}, expected one of {", ".join(_FILE_MODES)}',
+        )
+
+
+def size_fault(size_px: tuple[int, int], expected_px: tuple[int, int]) -> InputFault:
+    """Say that an image has another (height, width) than the node was configured with."""
+    return InputFault(
+        Reason.BAD_IMAGE_SIZE,
+        f'image is {size_px[0]}x{size_px[1]}, configured for {expected_px[0]}x{expected_px[1]} '
+        f'(height x width); reconfigure to use another size',
+    )
