@@ -96,9 +96,8 @@ def _draw_ticks(axes: Any, report: RunReport) -> None:
     columns = [report.log.column(name) for name in STAGE_LABELS]
     columns = [[0.0 if math.isnan(v) else v for v in column] for column in columns]
     columns.append(report.log.other_ms())
-    axes.stackplot(
-        range(len(report.log)), columns, colors=[COLOURS[n] for n in (*STAGE_LABELS.values(), OTHER)]
-    )  # fmt: skip
+    colours = [COLOURS[label] for label in (*STAGE_LABELS.values(), OTHER)]
+    axes.stackplot(range(len(report.log)), columns, colors=colours)
     totals = report.log.column('total_ms')
     period_ms = 1000 / report.rate_hz
     top = max(totals)

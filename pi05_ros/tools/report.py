@@ -44,7 +44,8 @@ class Spread:
         """Sum up ``values_ms``; NaN values (not measured) are left out."""
         values = np.asarray([v for v in values_ms if not math.isnan(v)], dtype=np.float64)
         if not values.size:
-            return cls(*[math.nan] * 6, count=0)
+            nan = math.nan
+            return cls(nan, nan, nan, nan, nan, nan, 0)
         p50, p95 = np.percentile(values, (50, 95))
         return cls(
             last_ms=float(values[-1]),
@@ -155,8 +156,8 @@ def summary_lines(report: RunReport) -> list[str]:
         f'at most {report.possible_hz:.1f} Hz'
     )
     lines.append(
-        f'{report.actions} actions in {report.ticks} ticks, '
-        f'{report.action_hz:.1f} Hz of {report.rate_hz:g} Hz; skipped: {format_counts(report.skips)}'
+        f'{report.actions} actions in {report.ticks} ticks, {report.action_hz:.1f} Hz of '
+        f'{report.rate_hz:g} Hz; skipped: {format_counts(report.skips)}'
     )
     return lines
 
