@@ -1,0 +1,1 @@
+"""Observation in robot units -> action chunk in robot units; pure, without rclpy."""

@@ -11,8 +11,14 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from pi05_ros.resources import robot_dir
 
@@ -70,6 +76,11 @@ class Scaled(_Strict):
     scale: _Finite = 1.0
     offset: _Finite = 0.0
 
+    @property
+    def mapping(self) -> tuple[str, float, float]:
+        """Unit, scale and offset."""
+        return self.unit, self.scale, self.offset
+
     @model_validator(mode='after')
     def _check_scale(self) -> Scaled:
         if self.scale == 0.0:
@@ -86,6 +97,7 @@ class StateDim(Scaled):
 
     @property
     def name(self) -> str:
+        """``joint.field`` or ``eef.component``."""
         return f'{self.joint}.{self.field}' if self.joint else f'eef.{self.eef}'
 
     @model_validator(mode='after')
@@ -132,7 +144,7 @@ class Cameras(_Strict):
 
     @model_validator(mode='after')
     def _check_names(self) -> Cameras:
-        names = [name for name in self.by_slot().values()]
+        names = list(self.by_slot().values())
         if not names:
             raise ValueError('no camera is given; at least one view needs one')
         if len(set(names)) != len(names):
@@ -168,26 +180,32 @@ class RobotSpec(_Strict):
 
     @property
     def state_dim(self) -> int:
+        """Numbers in the state (S)."""
         return len(self.state)
 
     @property
     def state_names(self) -> tuple[str, ...]:
+        """Name of each number of the state, e.g. ``panda_joint1.position``."""
         return tuple(dim.name for dim in self.state)
 
     @property
     def action_dim(self) -> int:
+        """Numbers in one row of a chunk (D)."""
         return len(self.actions)
 
     @property
     def action_names(self) -> tuple[str, ...]:
+        """Name of each action dimension."""
         return tuple(dim.name for dim in self.actions)
 
     @property
     def action_units(self) -> tuple[str, ...]:
+        """Unit of each action dimension; '1' is a number without a unit."""
         return tuple(dim.unit for dim in self.actions)
 
     @property
     def action_kinds(self) -> tuple[str, ...]:
+        """Kind of each action dimension; an output looks here whether it can carry it."""
         return tuple(dim.kind for dim in self.actions)
 
     @property
@@ -207,10 +225,12 @@ class RobotSpec(_Strict):
 
     @property
     def needs_joint_states(self) -> bool:
+        """Whether the state holds anything from a JointState."""
         return bool(self.state_joints)
 
     @property
     def needs_eef_pose(self) -> bool:
+        """Whether the state holds anything from the end effector's pose."""
         return any(dim.eef is not None for dim in self.state)
 
     @property
@@ -245,7 +265,7 @@ class RobotSpec(_Strict):
                 f'action {action.name} is a delta to state dimension {index}, which is {found}; '
                 f'expected {action.joint}.position there'
             )
-        if (source.unit, source.scale, source.offset) != (action.unit, action.scale, action.offset):
+        if source.mapping != action.mapping:
             raise ValueError(
                 f'action {action.name} is a delta to {found}, '
                 'but their unit, scale or offset differ'

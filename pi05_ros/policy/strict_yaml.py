@@ -23,12 +23,12 @@ class _PlainLoader(yaml.SafeLoader):
     """A safe loader that refuses anchors, aliases, tags and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         anchor, tag = getattr(event, 'anchor', None), getattr(event, 'tag', None)
         if anchor is not None or tag is not None:
             what = f'anchor or alias {anchor!r}' if anchor is not None else f'tag {tag!r}'
             raise YamlError(f'line {event.start_mark.line + 1}: {what} is not allowed')
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -57,6 +57,6 @@ def read_plain_yaml(path: Path) -> Any:
         raise YamlError(f'larger than {MAX_BYTES} bytes')
     try:
         # The loader is a SafeLoader: no tag, so no object, can be made.
-        return yaml.load(raw.decode('utf-8'), Loader=_PlainLoader)  # noqa: S506
+        return yaml.load(raw.decode('utf-8'), Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise YamlError(' '.join(str(error).split())) from error

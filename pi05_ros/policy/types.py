@@ -29,6 +29,7 @@ class Observation:
 
     @property
     def oldest_stamp_ns(self) -> int:
+        """Stamp of the oldest input, which becomes the stamp of the action."""
         return min(self.stamps_ns.values())
 
 

@@ -1,0 +1,228 @@
+"""The policy: one observation in, one chunk of actions in robot units out.
+
+The way of the data, in the order of :meth:`Policy.act`::
+
+    images, as the cameras gave them  ------------------------------.
+    state   -> scale, robot transform, normalise -> bins -.          |
+    prompt  -> one line of text --------------------------+-> tokens +-> pipeline -> actions
+    seed, tick -> noise  --------------------------------------------'      |
+    actions -> unnormalise -> add the state -> cut, robot transform, scale <'
+
+Nothing is kept from one call to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi05_ros.engine.pipeline import Pipeline
+
+from .errors import PolicyError
+from .noise import noise
+from .robot import RobotSpec
+from .stats import NormStats
+from .tokenizer import PromptTokenizer
+from .transforms import actions_to_robot, state_to_policy
+from .types import ActionChunk, Observation
+
+if TYPE_CHECKING:
+    from pi05_ros.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """What runs, in words; every value is what was found, not what was asked for."""
+
+    checkpoint: Path
+    layout: str
+    checkpoint_sha256: str
+    robot: str
+    stats_files: tuple[Path, ...]
+    normalization: str
+    tokenizer: Path
+    tokenizer_is_paligemma: bool
+    discrete_state: bool
+    stage_backends: dict[str, str]
+    precision: str
+    device: str
+    horizon: int
+    num_steps: int
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the keys and values of the diagnostics' Model status."""
+        stages = {f'{stage}_backend': name for stage, name in self.stage_backends.items()}
+        return {
+            'checkpoint': str(self.checkpoint),
+            'layout': self.layout,
+            'checkpoint_sha256': self.checkpoint_sha256,
+            'robot': self.robot,
+            'stats_files': ', '.join(map(str, self.stats_files)),
+            'normalization': self.normalization,
+            'tokenizer': str(self.tokenizer),
+            'tokenizer_is_paligemma': str(self.tokenizer_is_paligemma).lower(),
+            'state_in_prompt': str(self.discrete_state).lower(),
+            **stages,
+            'precision': self.precision,
+            'device': self.device,
+            'horizon': str(self.horizon),
+            'num_steps': str(self.num_steps),
+        }
+
+
+class Policy:
+    """A loaded checkpoint bound to one robot; made by :func:`.loading.load_policy`.
+
+    ``info`` says what runs: files, modes, backends.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Checkpoint,
+        robot: RobotSpec,
+        stats: NormStats,
+        tokenizer: PromptTokenizer,
+        pipeline: Pipeline,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.robot = robot
+        self.stats = stats
+        self.tokenizer = tokenizer
+        self.pipeline = pipeline
+        # Once, here: the hash reads the whole weights file, which must not happen in a tick.
+        self.info = self._describe()
+
+    def act(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> ActionChunk:
+        """Compute one chunk of actions from one observation.
+
+        Args:
+            observation: complete; images of the sizes that the policy was loaded for.
+            tick: number of the control tick; with ``seed`` it determines the noise.
+            seed: any 64-bit integer.
+            num_steps: Euler steps; None takes what the policy was loaded with.
+        Returns: actions (H, D) float32 in robot units, all finite.
+        Raises:
+            PolicyError: the observation is incomplete or not finite, the prompt does not fit, or
+                the model gave a value that is not finite; carries the reason.
+            BackendError: the pipeline cannot run this call.
+        """
+        shape, model_dim = self.pipeline.shape, self.pipeline.config.action_dim
+        images = self._images(observation)
+        state = self._state(observation)
+        tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
+        start = noise(seed, tick, shape.horizon, model_dim)
+        result = self.pipeline.infer(images, tokens, start, num_steps)
+        return ActionChunk(
+            actions=self._robot_actions(result.actions, state),
+            names=self.robot.action_names,
+            step_s=self.robot.step_s,
+            stamp_ns=observation.oldest_stamp_ns,
+            stamps_ns=dict(observation.stamps_ns),
+            tick=tick,
+            seed=seed,
+            num_steps=shape.num_steps if num_steps is None else num_steps,
+            prompt=observation.prompt,
+            times=result.times,
+        )
+
+    def close(self) -> None:
+        """Free the device memory; the policy cannot act afterwards."""
+        self.pipeline.close()
+
+    def _describe(self) -> PolicyInfo:
+        pipeline = self.pipeline
+        return PolicyInfo(
+            checkpoint=Path(self.checkpoint.path),
+            layout=self.checkpoint.layout,
+            checkpoint_sha256=self.checkpoint.sha256,
+            robot=self.robot.name,
+            stats_files=self.stats.files,
+            normalization=self.stats.describe(),
+            tokenizer=self.tokenizer.info.path,
+            tokenizer_is_paligemma=self.tokenizer.info.is_paligemma,
+            discrete_state=self.robot.discrete_state,
+            stage_backends=dict(pipeline.stage_backends),
+            precision=pipeline.precision,
+            device=pipeline.device,
+            horizon=pipeline.shape.horizon,
+            num_steps=pipeline.shape.num_steps,
+        )
+
+    def _images(self, observation: Observation) -> list[np.ndarray]:
+        """Return the raw images in the model's view order; absent views are simply not there."""
+        images = []
+        for camera, size in zip(
+            self.robot.camera_names, self.pipeline.shape.view_sizes_px, strict=True
+        ):
+            image = observation.images.get(camera)
+            if image is None:
+                have = ', '.join(sorted(observation.images)) or 'none'
+                raise PolicyError('missing_input', f'no image of camera {camera}; have: {have}')
+            if image.shape[:2] != size:
+                raise PolicyError(
+                    'bad_image_size',
+                    f'camera {camera} gives {image.shape[:2]} (height, width), the policy was '
+                    f'loaded for {size}; reconfigure to change a camera size',
+                )
+            images.append(image)
+        return images
+
+    def _state(self, observation: Observation) -> np.ndarray:
+        """Return the state (S,) float64 in the space of the statistics."""
+        state = np.asarray(observation.state, dtype=np.float64)
+        expected = (self.robot.state_dim,)
+        if state.shape != expected:
+            raise PolicyError(
+                'joint_missing',
+                f'the state has shape {state.shape}, robot {self.robot.name} needs {expected}: '
+                f'{", ".join(self.robot.state_names)}',
+            )
+        self._check_state(state, state)
+        values = state_to_policy(self.robot, state)
+        self._check_state(values, state)
+        return values
+
+    def _prompt_state(self, state: np.ndarray) -> np.ndarray | None:
+        """Return the normalised state for the prompt, or None where it does not belong there."""
+        if not self.robot.discrete_state or self.stats.state is None:
+            return None
+        normalized = self.stats.state.normalize(state)
+        self._check_state(normalized, state)
+        return normalized
+
+    def _check_state(self, values: np.ndarray, state: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            i = int(bad[0])
+            raise PolicyError(
+                'joint_not_finite',
+                f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
+                'expected a finite number',
+            )
+
+    def _robot_actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Return the model's (H, A) as (H, D) float32 in robot units, every value finite."""
+        self._check_actions(actions)
+        unnormalized = self.stats.actions.unnormalize(actions)
+        with np.errstate(over='ignore'):
+            result = actions_to_robot(self.robot, unnormalized, state).astype(np.float32)
+        self._check_actions(result)
+        return result
+
+    def _check_actions(self, actions: np.ndarray) -> None:
+        bad = np.argwhere(~np.isfinite(actions))
+        if bad.size:
+            row, column = (int(index) for index in bad[0])
+            names = self.robot.action_names
+            name = names[column] if column < len(names) else f'padding dimension {column}'
+            raise PolicyError(
+                'action_not_finite',
+                f'the action {name} is {actions[row, column]} in row {row}; '
+                'the whole chunk is refused',
+            )
