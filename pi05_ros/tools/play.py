@@ -95,7 +95,6 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help='standard ROS arguments, e.g. -r /camera/base/image_raw:=/front/image_raw',
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -223,8 +222,9 @@ def open_channels(
     if unknown and (asked or not channels):
         raise PlayError(f'message type not installed for {", ".join(unknown)}')
     if unknown:
+        count = '1 topic' if len(unknown) == 1 else f'{len(unknown)} topics'
         listed = ', '.join(unknown)
-        console.print(f'WARN {len(unknown)} topics skipped, type not installed: {listed}')
+        console.print(f'WARN {count} skipped, type not installed: {listed}', soft_wrap=True)
     if not channels:
         raise PlayError(f'{bag.path} holds no message on {", ".join(names) or "any topic"}')
     return channels
@@ -233,9 +233,11 @@ def open_channels(
 def find_message_class(msgtype: str) -> Any | None:
     """Return the message class of e.g. ``sensor_msgs/msg/Image``; None if it is not installed."""
     package, _, name = msgtype.partition('/msg/')
+    if not package:
+        return None
     try:
         msg_class = getattr(importlib.import_module(f'{package}.msg'), name)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError):
         return None
     return msg_class
 

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore, get_types_from_msg
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 LIBERO_BAG = Path(__file__).parents[1] / 'data' / 'libero_spatial_bowl'
 START_NS = 1_700_000_000_000_000_000
