@@ -71,6 +71,16 @@ class Pi05Model(nn.Module):
             parameter.data = parameter.data.to(parameter_dtype(name, precision))
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.action_in_proj.weight.device
+
+    @property
+    def precision(self) -> str:
+        """'float32' or 'bfloat16', see :mod:`pi05_ros.model.precision`."""
+        return str(self.projector.weight.dtype).removeprefix('torch.')
+
     # ---- prefix
 
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -89,7 +99,7 @@ class Pi05Model(nn.Module):
 
     def condition(self, t: float) -> Tensor:
         """Return the vector (We,) float32 that steers every adaptive norm at flow time ``t``."""
-        embedded = embed_time(t, self.config.expert.width, self.time_mlp_in.weight.device)
+        embedded = embed_time(t, self.config.expert.width, self.device)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
 
     def velocity(self, x_t: Tensor, t: float, cache: PrefixCache) -> Tensor:

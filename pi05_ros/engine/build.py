@@ -1,0 +1,133 @@
+"""Choose a backend and build its pipeline. What was asked for runs, or this raises."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+
+from pi05_ros.model.checkpoint import Checkpoint, load_model
+from pi05_ros.model.precision import PRECISIONS
+
+from .eager import EagerPipeline
+from .pipeline import BackendError, Pipeline, PipelineShape
+
+BACKENDS = ('auto', 'eager', 'cuda', 'tensorrt')
+_CUDA_MODULE = 'pi05_ros.engine.cuda_pipeline'
+_log = logging.getLogger(__name__)
+
+
+def build_pipeline(
+    checkpoint: Checkpoint,
+    shape: PipelineShape,
+    *,
+    backend: str = 'auto',
+    precision: str = 'bfloat16',
+    device: str = 'auto',
+) -> Pipeline:
+    """Load a checkpoint into the pipeline of a backend.
+
+    Args:
+        checkpoint: from :func:`~pi05_ros.model.checkpoint.open_checkpoint`.
+        shape: what the pipeline is built for.
+        backend: one of :data:`BACKENDS`; 'auto' is the fastest that this machine can run.
+        precision: 'bfloat16' or 'float32'.
+        device: 'cpu', 'cuda', 'cuda:N', or 'auto' for a GPU where there is one.
+    Raises:
+        BackendError: backend, precision or device is unknown, is not here, or lacks memory.
+        CheckpointError: the weights cannot be loaded.
+    """
+    if precision not in PRECISIONS:
+        raise BackendError(f'unknown precision {precision!r}; known: {", ".join(PRECISIONS)}')
+    _check_shape(shape)
+    chosen_device = _resolve_device(device, backend)
+    chosen, reason = _resolve_backend(backend, chosen_device)
+    _log.info(
+        'backend %s asked for, %s runs on %s in %s (%s)',
+        backend, chosen, chosen_device, precision, reason,
+    )  # fmt: skip
+    try:
+        if chosen == 'cuda':
+            from .cuda_pipeline import CudaPipeline
+
+            return CudaPipeline.build(checkpoint, shape, precision, str(chosen_device))
+        return EagerPipeline(load_model(checkpoint, str(chosen_device), precision), shape)
+    except torch.OutOfMemoryError as cause:
+        raise BackendError(
+            f'{chosen_device} has too little free memory for {checkpoint.path} in {precision}: '
+            f'{cause}'
+        ) from cause
+
+
+def _resolve_device(device: str, backend: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if device == 'auto':
+        if backend in ('cuda', 'tensorrt') and not has_gpu:
+            raise BackendError(
+                f"backend '{backend}' needs an NVIDIA GPU, and PyTorch {torch.__version__} finds "
+                "none; use backend 'eager' on the CPU"
+            )
+        return (
+            torch.device('cuda', torch.cuda.current_device()) if has_gpu else torch.device('cpu')
+        )
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device('meta')
+    if chosen.type not in ('cpu', 'cuda'):
+        raise BackendError(f"unknown device {device!r}; known: 'auto', 'cpu', 'cuda', 'cuda:N'")
+    if chosen.type == 'cpu':
+        return torch.device('cpu')
+    if not has_gpu:
+        raise BackendError(
+            f'device {device!r} asked for, but PyTorch {torch.__version__} finds no NVIDIA GPU; '
+            "check nvidia-smi, or use device 'cpu'"
+        )
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(f'device {device!r} asked for; GPUs here: {torch.cuda.device_count()}')
+    return torch.device('cuda', index)
+
+
+def _resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
+    """Return the backend that will run, and why it is this one."""
+    if backend not in BACKENDS:
+        raise BackendError(f'unknown backend {backend!r}; known: {", ".join(BACKENDS)}')
+    if backend == 'tensorrt':
+        raise BackendError(
+            f"backend 'tensorrt' is not available in this version; use {_others('tensorrt')}"
+        )
+    if backend == 'eager':
+        return 'eager', 'as asked'
+    if backend == 'auto' and device.type == 'cpu':
+        return 'eager', 'no other backend runs on a CPU'
+    if device.type == 'cpu':
+        raise BackendError("backend 'cuda' needs an NVIDIA GPU, device is 'cpu'; use 'eager'")
+    if find_spec(_CUDA_MODULE) is not None:
+        return 'cuda', 'as asked' if backend == 'cuda' else 'the fastest on a GPU'
+    if backend == 'cuda':
+        raise BackendError(
+            f"backend 'cuda' is not available in this version; use {_others('cuda')}"
+        )
+    return 'eager', 'this version has no faster backend'
+
+
+def _others(backend: str) -> str:
+    return ', '.join(repr(name) for name in BACKENDS if name not in (backend, 'tensorrt'))
+
+
+def _check_shape(shape: PipelineShape) -> None:
+    """Refuse a shape that no call could fit."""
+    sizes = [side for size in shape.view_sizes_px for side in size]
+    counts = {
+        'camera sizes': min(sizes, default=1),
+        'max_prompt_tokens': shape.max_prompt_tokens,
+        'horizon': shape.horizon,
+        'num_steps': shape.num_steps,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise BackendError(f'{name} must be at least 1, got {count}')
+    if shape.num_steps > shape.max_steps:
+        raise BackendError(f'num_steps {shape.num_steps} exceeds max_steps {shape.max_steps}')
