@@ -1,0 +1,107 @@
+"""Block sizes of the denoise kernels: defaults that fit any GPU, and measured ones per GPU.
+
+A measured set is a JSON file ``tuned/denoise_<gpu>.json``, with one entry per model shape and
+number of row blocks. ``scripts/bench_denoise.py --retune`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi05_ros.model.config import GemmaConfig
+
+_TUNED_DIR = Path(__file__).parent / 'tuned'
+
+
+@dataclass(frozen=True)
+class GemmTiling:
+    """How one product is cut up.
+
+    ``columns`` are output columns per program; ``qkv`` and ``gate_up`` take half of them from
+    each of the two halves that they combine. ``depth`` is the block of K. ``splits`` cuts K.
+    """
+
+    columns: int
+    depth: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class AttentionTiling:
+    """Query rows and keys per block, and how many key ranges work side by side."""
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class DenoiseTuning:
+    """Every choice that changes the speed of a denoise step but not its function."""
+
+    qkv: GemmTiling = GemmTiling(columns=32, depth=128, warps=4, stages=3)
+    attention: AttentionTiling = AttentionTiling(rows=64, keys=64, splits=17, warps=8)
+    attention_out: GemmTiling = GemmTiling(columns=64, depth=256, splits=8, warps=8, stages=1)
+    gate_up: GemmTiling = GemmTiling(columns=64, depth=64, warps=4, stages=3)
+    down: GemmTiling = GemmTiling(columns=64, depth=256, splits=8, warps=8, stages=2)
+    merge_warps: int = 4
+    euler_warps: int = 4
+    pdl: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DenoiseTuning:
+        """Read the JSON form."""
+        kinds: dict[str, type] = {
+            f.name: type(getattr(cls(), f.name)) for f in fields(cls) if f.name in values
+        }
+        return cls(**{
+            name: kind(**values[name]) if isinstance(values[name], dict) else values[name]
+            for name, kind in kinds.items()
+        })  # fmt: skip
+
+
+def load_denoise_tuning(device: torch.device, expert: GemmaConfig, rows: int) -> DenoiseTuning:
+    """Return the measured choices for this GPU, model shape and row count, or the defaults."""
+    if device.type != 'cuda':
+        return DenoiseTuning()
+    path = tuning_path(torch.cuda.get_device_name(device))
+    if not path.is_file():
+        return DenoiseTuning()
+    entry = json.loads(path.read_text()).get(shape_key(expert, rows))
+    return DenoiseTuning() if entry is None else DenoiseTuning.from_dict(entry)
+
+
+def save_denoise_tuning(
+    device_name: str, expert: GemmaConfig, rows: int, tuning: DenoiseTuning
+) -> Path:
+    """Store measured choices where :func:`load_denoise_tuning` finds them; return the file."""
+    path = tuning_path(device_name)
+    entries = json.loads(path.read_text()) if path.is_file() else {}
+    entries[shape_key(expert, rows)] = asdict(tuning)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entries, indent=1, sort_keys=True) + '\n')
+    return path
+
+
+def tuning_path(device_name: str) -> Path:
+    """Return the file of a GPU's measured choices."""
+    slug = re.sub(r'[^a-z0-9]+', '_', device_name.lower()).strip('_')
+    return _TUNED_DIR / f'denoise_{slug}.json'
+
+
+def shape_key(expert: GemmaConfig, rows: int) -> str:
+    """Return the entry name: what the best choices depend on. ``rows`` is the padded horizon."""
+    return (
+        f'width{expert.width}_mlp{expert.mlp_dim}_heads{expert.num_heads}'
+        f'x{expert.head_dim}_rows{rows}'
+    )

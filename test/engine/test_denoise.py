@@ -1,0 +1,152 @@
+"""The fused denoise against its plain twin and against openpi's own actions.
+
+On a machine without a GPU the kernels run in Triton's interpreter, in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pi05_ros.engine.denoise import DenoiseStage, row_block
+from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
+from pi05_ros.engine.pipeline import BackendError
+from pi05_ros.model.config import Pi05Config
+
+_GOLDEN = Path(__file__).parents[1] / 'data' / 'golden' / 'pi05_tiny'
+_DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+_SMALL = DenoiseTuning(
+    qkv=GemmTiling(columns=32, depth=32),
+    attention=AttentionTiling(rows=32, keys=32, splits=5, warps=4),
+    attention_out=GemmTiling(columns=32, depth=64, splits=4),
+    gate_up=GemmTiling(columns=64, depth=64),
+    down=GemmTiling(columns=16, depth=16, splits=2),
+)
+
+
+@pytest.fixture(scope='module')
+def state() -> dict[str, torch.Tensor]:
+    return load_file(_GOLDEN / 'model.safetensors')
+
+
+def _stage(state, *, prefix=40, room=64, horizon=10, max_steps=3, tuning=_SMALL, **changes):
+    config = Pi05Config.tiny()
+    generator = torch.Generator().manual_seed(3)
+    shape = (config.expert.depth, room, config.expert.head_dim)
+    arguments = {
+        'keys': torch.randn(shape, generator=generator).to(_DEVICE),
+        'values': torch.randn(shape, generator=generator).to(_DEVICE),
+        'n_prefix': torch.tensor([prefix], dtype=torch.int32, device=_DEVICE),
+        'horizon': horizon,
+        'max_steps': max_steps,
+        'dtype': torch.float32,
+        'tuning': tuning,
+        **changes,
+    }
+    stage = DenoiseStage(state, config, **arguments)
+    noise = torch.randn(stage.noise.shape, generator=generator)
+    stage.noise.copy_(noise)
+    return stage
+
+
+def test_actions_equal_openpi_golden(state):
+    """Prefix K/V and noise of the golden file in, its actions out."""
+    golden = np.load(_GOLDEN / 'two_views_37_tokens_float32.npz')
+    keys, values = (torch.from_numpy(golden[f'prefix_{n}']) for n in ('keys', 'values'))
+    stage = _stage(
+        state,
+        keys=keys.contiguous().to(_DEVICE),
+        values=values.contiguous().to(_DEVICE),
+        n_prefix=torch.tensor([keys.shape[1]], dtype=torch.int32, device=_DEVICE),
+    )
+    stage.noise.copy_(torch.from_numpy(golden['noise']))
+    for num_steps in (1, 3):
+        stage.launch(num_steps)
+        expected = torch.from_numpy(golden[f'actions_{num_steps}'])
+        torch.testing.assert_close(stage.actions.cpu(), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('prefix', [1, 31, 32, 64])
+def test_kernels_equal_plain_twin(state, prefix):
+    stage = _stage(state, prefix=prefix, max_steps=1)
+    stage.launch(1)
+    torch.testing.assert_close(stage.actions, stage.eager(1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('horizon', [1, 10, 17, 70])
+def test_horizons_that_do_not_fill_their_row_blocks(state, horizon):
+    stage = _stage(state, horizon=horizon, max_steps=1)
+    stage.launch(1)
+    torch.testing.assert_close(stage.actions, stage.eager(1), atol=1e-4, rtol=1e-4)
+
+
+def test_default_tuning_fits_a_tiny_model(state):
+    stage = _stage(state, max_steps=1, tuning=DenoiseTuning())
+    stage.launch(1)
+    torch.testing.assert_close(stage.actions, stage.eager(1), atol=1e-4, rtol=1e-4)
+
+
+def test_repeated_launches_give_the_same_bits(state):
+    """The split products' counters return to zero and their sums keep one order."""
+    stage = _stage(state, max_steps=2)
+    stage.launch(2)
+    first = stage.actions.clone()
+    stage.launch(1)
+    stage.launch(2)
+    assert torch.equal(stage.actions, first)
+
+
+def test_prefix_rows_beyond_the_valid_ones_do_not_matter(state):
+    stage = _stage(state, prefix=33, max_steps=1)
+    stage.launch(1)
+    expected = stage.actions.clone()
+    stage.keys[:, 33:] = float('nan')
+    stage.values[:, 33:] = float('nan')
+    stage.launch(1)
+    assert torch.equal(stage.actions, expected)
+
+
+def test_a_new_prefix_length_needs_no_new_stage(state):
+    stage = _stage(state, prefix=64, max_steps=1)
+    stage.launch(1)
+    stage.n_prefix.fill_(20)
+    stage.launch(1)
+    torch.testing.assert_close(stage.actions, stage.eager(1), atol=1e-4, rtol=1e-4)
+
+
+def test_step_count_beyond_the_table_is_refused(state):
+    stage = _stage(state, max_steps=3)
+    with pytest.raises(BackendError, match='num_steps 4 is outside 1 to 3'):
+        stage.launch(4)
+
+
+def test_missing_weight_is_named(state):
+    broken = {k: v for k, v in state.items() if 'layers.1.mlp.up_proj' not in k}
+    broken = {k: v for k, v in broken.items() if 'gemma_expert' in k or 'action' in k}
+    with pytest.raises(BackendError, match='gemma_expert.model.layers.1.mlp.up_proj.weight'):
+        _stage(broken)
+
+
+def test_wrong_cache_dtype_is_refused(state):
+    with pytest.raises(BackendError, match='keys must be contiguous .* torch.float32'):
+        _stage(state, keys=torch.zeros(3, 64, 32, dtype=torch.float64, device=_DEVICE))
+
+
+def test_wrong_prefix_counter_is_refused(state):
+    with pytest.raises(BackendError, match='n_prefix must be one int32'):
+        _stage(state, n_prefix=torch.tensor([4], device=_DEVICE))
+
+
+@pytest.mark.parametrize(('horizon', 'rows'), [(1, 16), (10, 16), (17, 32), (50, 64), (70, 64)])
+def test_row_block_follows_the_horizon(horizon, rows):
+    assert row_block(horizon) == rows
+
+
+def test_tuning_survives_its_json_form():
+    from dataclasses import asdict
+
+    assert DenoiseTuning.from_dict(asdict(_SMALL)) == _SMALL
