@@ -24,6 +24,7 @@ from pi05_ros.engine.kernels.adarms import GATE, table_row
 from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted, requests_per_row
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
+from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
 
 _MAX_ROW_BLOCK = 64
 
@@ -313,11 +314,10 @@ def step_size(num_steps: int) -> float:
 def rope_table(
     config: Pi05Config, positions: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (positions, D / 2) in ``dtype``: angles in float32, rounded once."""
-    half = torch.arange(0, config.expert.head_dim, 2, dtype=torch.float32, device=device)
-    inverse = 1.0 / config.expert.rope_theta ** (half / config.expert.head_dim)
-    angles = torch.arange(positions, dtype=torch.float32, device=device)[:, None] * inverse
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Return cos and sin (positions, D / 2) in ``dtype``, rounded exactly as the oracle does."""
+    cos, sin = oracle_rope_tables(torch.arange(positions, device=device), config.expert, dtype)
+    half = config.expert.head_dim // 2
+    return cos[:, :half].contiguous(), sin[:, :half].contiguous()
 
 
 def check_inputs(
