@@ -1,0 +1,254 @@
+"""π0.5 on an NVIDIA GPU: three captured stages over static buffers.
+
+A call writes the raw inputs into pinned memory and enqueues, on one stream: one copy to the
+device, four CUDA graphs (preprocess, vision, prefill, denoise), one copy back. Nothing is
+allocated and nothing waits until the end; what depends on the call (prompt length, step count)
+is read on the device or picks one of the graphs that were captured when the pipeline was built.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from pi05_ros.model.checkpoint import Checkpoint, load_state
+from pi05_ros.model.config import Pi05Config
+
+from .denoise import DenoiseStage
+from .graphs import StageClock, StageGraph
+from .limits import check_device, check_limits, check_memory
+from .ops import FusedOps, Ops, PlainOps
+from .pipeline import STAGES, BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
+from .prefill import PrefillStage
+from .preprocess import InputBuffers, PreprocessStage
+from .trace import Trace
+from .tuning import load_choices
+from .vision import VisionStage
+from .weights import State, pack_prefill, pack_vision
+
+_log = logging.getLogger(__name__)
+
+
+class CudaPipeline(Pipeline):
+    """The fast backend. One call at a time.
+
+    Args:
+        state: checkpoint tensors by openpi key name; taken out as they are packed.
+        config: the model's dimensions.
+        shape: what to build for.
+        precision: 'bfloat16' runs the fused kernels; 'float32' the same stages in plain PyTorch.
+        device: a CUDA device.
+    Raises:
+        BackendError: the GPU, its free memory or the model's shape does not fit; nothing is
+            left to fail in a call that fits ``shape``.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        config: Pi05Config,
+        shape: PipelineShape,
+        precision: str = 'bfloat16',
+        device: str = 'cuda',
+    ) -> None:
+        self.config = config
+        self.shape = shape
+        self.precision = precision
+        place = torch.device(device)
+        self.device = str(place)
+        check_device(place)
+        check_limits(config, shape)
+        with torch.cuda.device(place), torch.inference_mode():
+            self._stream = torch.cuda.Stream(place)
+            with torch.cuda.stream(self._stream):
+                self._build_stages(state, place)
+            self._stream.synchronize()
+            self._capture()
+        self.calls = 0
+
+    @classmethod
+    def build(
+        cls, checkpoint: Checkpoint, shape: PipelineShape, precision: str, device: str
+    ) -> CudaPipeline:
+        """Load a checkpoint straight onto the GPU and build its pipeline.
+
+        Raises:
+            BackendError: as for the class, found before a weight is read where it can be.
+            CheckpointError: the weights cannot be loaded.
+        """
+        place = torch.device(device)
+        check_device(place)
+        check_limits(checkpoint.config, shape)
+        check_memory(checkpoint.config, shape, precision, place)
+        state = load_state(checkpoint, device, precision)
+        return cls(state, checkpoint.config, shape, precision, device)
+
+    @property
+    def stage_backends(self) -> Mapping[str, str]:
+        return dict.fromkeys(STAGES, 'cuda')
+
+    @torch.inference_mode()
+    def infer(
+        self,
+        images: Sequence[np.ndarray],
+        tokens: np.ndarray,
+        noise: np.ndarray,
+        num_steps: int | None = None,
+    ) -> InferenceResult:
+        start = time.perf_counter()
+        steps = self.shape.num_steps if num_steps is None else num_steps
+        self.check_call(images, tokens, noise, steps)
+        self._check_tokens(tokens)
+        self._inputs.write(images, tokens, noise, self.prefill.num_image_rows)
+        prefill = self._prefill_graphs[self.prefill.bucket(len(tokens))]
+        denoise = self._denoise_graphs[steps]
+        clock, stream = self._clock, self._stream
+        with torch.cuda.stream(stream):
+            clock.mark(0, stream)
+            self._inputs.upload()
+            clock.mark(1, stream)
+            self._preprocess_graph.replay()
+            clock.mark(2, stream)
+            self._vision_graph.replay()
+            clock.mark(3, stream)
+            prefill.replay()
+            clock.mark(4, stream)
+            denoise.replay()
+            clock.mark(5, stream)
+            self._host_actions.copy_(self.denoise.actions, non_blocking=True)
+            clock.mark(6, stream)
+        clock.wait()
+        self.calls += 1
+        actions = self._host_actions.numpy().copy()
+        total_ms = (time.perf_counter() - start) * 1e3
+        return InferenceResult(actions, StageTimes(*clock.intervals_ms(), total_ms=total_ms))
+
+    @torch.inference_mode()
+    def trace(
+        self, views: np.ndarray, tokens: np.ndarray, noise: np.ndarray, num_steps: int
+    ) -> Trace:
+        """Run one inference without graphs, keeping what lies between; see :class:`Traceable`.
+
+        Raises:
+            BackendError: the pipeline was built for other image sizes than the views have.
+        """
+        self.check_call(list(views), tokens, noise, num_steps)
+        self._check_tokens(tokens)
+        self._inputs.write(list(views), tokens, noise, self.prefill.num_image_rows)
+        with torch.cuda.stream(self._stream):
+            self._inputs.upload()
+            self.launch_prefix(self.prefill.bucket(len(tokens)))
+            states = [self.denoise.noise.clone(), *self._denoise_states(num_steps)]
+        self._stream.synchronize()
+        rows = self.prefill.num_image_rows + len(tokens)
+        steps = torch.stack(states)
+        return Trace(
+            prefix_embs=_to_host(self.prefill.prefix[:rows]),
+            keys=_to_host(self.prefill.keys[:, :rows]),
+            values=_to_host(self.prefill.values[:, :rows]),
+            velocities=_to_host((steps[1:] - steps[:-1]) * -float(num_steps)),
+            actions=_to_host(steps[-1]),
+        )
+
+    def launch_prefix(self, rows: int) -> None:
+        """Enqueue preprocess, vision and prefill without graphs, over ``rows`` prefix rows."""
+        self.preprocess.launch()
+        self.vision.launch()
+        self.prefill.launch(rows)
+
+    def close(self) -> None:
+        for name in ('_prefill_graphs', '_denoise_graphs', '_vision_graph', '_preprocess_graph'):
+            self.__dict__.pop(name, None)
+        for name in ('preprocess', 'vision', 'prefill', 'denoise', '_inputs', '_ops'):
+            self.__dict__.pop(name, None)
+        torch.cuda.empty_cache()
+
+    def _build_stages(self, state: State, device: torch.device) -> None:
+        config, shape = self.config, self.shape
+        dtype = getattr(torch, self.precision)
+        self._ops = self._choose_ops(device)
+        num_views = len(shape.view_sizes_px)
+        vision_weights = pack_vision(state, config, dtype, device)
+        prefill_weights = pack_prefill(state, config, dtype, device)
+        self._inputs = InputBuffers(config, shape, device)
+        self.prefill = PrefillStage(
+            prefill_weights,
+            config,
+            self._ops,
+            num_image_rows=num_views * config.vision.tokens_per_view,
+            max_prompt_tokens=shape.max_prompt_tokens,
+            lengths=self._inputs.lengths,
+            tokens=self._inputs.tokens,
+        )
+        self.vision = VisionStage(
+            vision_weights, config, self._ops, num_views, self.prefill.prefix
+        )
+        self.denoise = DenoiseStage(
+            state,
+            config,
+            keys=self.prefill.keys,
+            values=self.prefill.values,
+            n_prefix=self.prefill.num_prefix,
+            horizon=shape.horizon,
+            max_steps=shape.max_steps,
+            dtype=dtype,
+        )
+        state.clear()
+        self.preprocess = PreprocessStage(
+            config, shape, self._ops, self._inputs, self.vision, self.denoise.noise
+        )
+        self._host_actions = torch.empty(self.denoise.actions.shape, pin_memory=True)
+
+    def _choose_ops(self, device: torch.device) -> Ops:
+        if self.precision == 'float32':
+            return PlainOps()
+        choices = load_choices(torch.cuda.get_device_name(device))
+        _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
+        return FusedOps(device, choices)
+
+    def _capture(self) -> None:
+        """Capture every graph that a call can need, all sharing one memory pool."""
+        pool, stream = torch.cuda.graph_pool_handle(), self._stream
+        self._inputs.fill_with_longest(self.prefill.num_image_rows)
+
+        def graph(name: str, launch) -> StageGraph:
+            return StageGraph(name, launch, stream, pool)
+
+        self._preprocess_graph = graph('preprocess', self.preprocess.launch)
+        self._vision_graph = graph('vision', self.vision.launch)
+        self._prefill_graphs = {
+            rows: graph(f'prefill of {rows} rows', lambda rows=rows: self.prefill.launch(rows))
+            for rows in self.prefill.buckets
+        }
+        self._denoise_graphs = {
+            steps: graph(f'denoise of {steps} steps', lambda n=steps: self.denoise.launch(n))
+            for steps in range(1, self.shape.max_steps + 1)
+        }
+        self._clock = StageClock(7)
+
+    def _denoise_states(self, num_steps: int) -> list[torch.Tensor]:
+        """Return x_t after each Euler step, (H, A) each."""
+        stage, states = self.denoise, []
+        stage.launch_begin(num_steps)
+        for step in range(num_steps):
+            for layer in range(self.config.expert.depth):
+                stage.launch_layer(num_steps, step, layer)
+            stage.launch_step_end(num_steps, step)
+            states.append(stage.actions.clone())
+        return states
+
+    def _check_tokens(self, tokens: np.ndarray) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise BackendError(
+                f'token {low if low < 0 else high} is outside the vocabulary of '
+                f'{self.config.vocab_size}; the tokenizer does not belong to this checkpoint'
+            )
+
+
+def _to_host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()

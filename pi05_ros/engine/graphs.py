@@ -1,0 +1,57 @@
+"""CUDA graphs of the stages, and the events that time them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .pipeline import BackendError
+
+
+class StageGraph:
+    """One captured sequence of kernels; replaying it allocates and synchronises nothing.
+
+    Args:
+        name: for errors.
+        launch: enqueues the kernels on the current stream; reads and writes static buffers only.
+        stream: the stream on which it is captured and replayed.
+        pool: memory that captures share, from :func:`torch.cuda.graph_pool_handle`.
+    """
+
+    def __init__(
+        self, name: str, launch: Callable[[], None], stream: torch.cuda.Stream, pool: object
+    ) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                launch()  # compiles kernels and creates handles, which a capture may not
+                stream.synchronize()
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+                launch()
+        except RuntimeError as error:
+            raise BackendError(f'{name}: the CUDA graph cannot be captured: {error}') from error
+
+    def replay(self) -> None:
+        """Enqueue the graph on the current stream."""
+        self.graph.replay()
+
+
+class StageClock:
+    """CUDA events between the stages of a call."""
+
+    def __init__(self, marks: int) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(marks)]
+
+    def mark(self, index: int, stream: torch.cuda.Stream) -> None:
+        """Record event ``index`` on the stream."""
+        self.events[index].record(stream)
+
+    def wait(self) -> None:
+        """Wait on the host for the last event."""
+        self.events[-1].synchronize()
+
+    def intervals_ms(self) -> list[float]:
+        """Return the milliseconds between consecutive events."""
+        pairs = zip(self.events[:-1], self.events[1:], strict=True)
+        return [first.elapsed_time(second) for first, second in pairs]

@@ -1,0 +1,137 @@
+"""RMSNorm scale, rotary embedding and K/V write in one kernel, one row of the prefix each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .geglu import _row_scale, row_scale_plain
+
+
+@triton.jit
+def _rope_kernel(
+    p_qkv,  # (rows, (QUERY_HEADS + 2) * DIM): q | k | v, of the raw residual
+    p_x,  # (rows, width): the residual
+    p_cos,  # (rows, DIM / 2)
+    p_sin,
+    p_q,  # (rows, QUERY_HEADS * DIM)
+    p_keys,  # (rows, DIM)
+    p_values,  # (rows, DIM)
+    width,
+    eps,
+    QUERY_HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = DIM // 2
+    o_half = tl.arange(0, HALF)
+    scale = _row_scale(p_x, row, width, eps, WIDTH_BLOCK)
+    b_cos = tl.load(p_cos + row * HALF + o_half).to(tl.float32) * scale
+    b_sin = tl.load(p_sin + row * HALF + o_half).to(tl.float32) * scale
+    p_row = p_qkv + row * (QUERY_HEADS + 2) * DIM
+
+    p_key = p_row + QUERY_HEADS * DIM + o_half
+    b_low = tl.load(p_key).to(tl.float32)
+    b_high = tl.load(p_key + HALF).to(tl.float32)
+    dtype = p_keys.dtype.element_ty
+    p_out = p_keys + row * DIM + o_half
+    tl.store(p_out, (b_low * b_cos - b_high * b_sin).to(dtype))
+    tl.store(p_out + HALF, (b_high * b_cos + b_low * b_sin).to(dtype))
+
+    o_dim = tl.arange(0, DIM)
+    b_value = tl.load(p_row + (QUERY_HEADS + 1) * DIM + o_dim).to(tl.float32) * scale
+    tl.store(p_values + row * DIM + o_dim, b_value.to(dtype))
+
+    if QUERY_HEADS > 0:
+        o_head = tl.arange(0, HEADS_BLOCK)[:, None]
+        o_query = o_head * DIM + o_half[None, :]
+        m_query = o_head < QUERY_HEADS
+        b_low = tl.load(p_row + o_query, mask=m_query, other=0.0).to(tl.float32)
+        b_high = tl.load(p_row + o_query + HALF, mask=m_query, other=0.0).to(tl.float32)
+        b_cos = b_cos[None, :]
+        b_sin = b_sin[None, :]
+        p_out = p_q + row * QUERY_HEADS * DIM + o_query
+        tl.store(p_out, (b_low * b_cos - b_high * b_sin).to(dtype), mask=m_query)
+        tl.store(p_out + HALF, (b_high * b_cos + b_low * b_sin).to(dtype), mask=m_query)
+
+
+def rope_kv(
+    qkv: torch.Tensor,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    q: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Scale by 1 / rms(x), rotate q and k (half-split, pi05_spec 1.7), write q, K and V.
+
+    Args:
+        qkv: (M, (heads + 2) * D), projected from the *unnormalised* residual; (M, 2 * D) holds
+            only k and v.
+        x: (M, W) residual. cos, sin: (>= M, D / 2); row i is position i.
+        q: (M, heads * D), or None when qkv holds no queries.
+        keys, values: (>= M, D).
+    """
+    rows, dim = qkv.shape[0], keys.shape[-1]
+    heads = qkv.shape[1] // dim - 2
+    _rope_kernel[(rows,)](
+        qkv,
+        x,
+        cos,
+        sin,
+        keys if q is None else q,
+        keys,
+        values,
+        x.shape[1],
+        eps,
+        QUERY_HEADS=heads,
+        HEADS_BLOCK=triton.next_power_of_2(max(heads, 1)),
+        DIM=dim,
+        WIDTH_BLOCK=triton.next_power_of_2(x.shape[1]),
+        num_warps=4,
+    )
+
+
+def rope_kv_plain(
+    qkv: torch.Tensor,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    q: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Do what :func:`rope_kv` does, in plain PyTorch."""
+    rows, dim = qkv.shape[0], keys.shape[-1]
+    scaled = (qkv.float() * row_scale_plain(x, eps)).view(rows, -1, dim)
+    values[:rows].copy_(scaled[:, -1])
+    rotated = rotate(scaled[:, :-1], cos[:rows, None].float(), sin[:rows, None].float())
+    keys[:rows].copy_(rotated[:, -1])
+    if q is not None:
+        q.copy_(rotated[:, :-1].reshape(rows, -1))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of the last dimension."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def rope_tables(
+    positions: int, dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin, (positions, dim / 2), equal to the oracle's ``model.gemma.rope_tables``.
+
+    The frequencies are rounded to ``dtype`` too, as openpi does: with exact ones, K is off by 0.5
+    at position 967 in bfloat16.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = (1.0 / theta**exponent).to(dtype).float()
+    angles = torch.arange(positions).float()[:, None] * frequencies[None, :]
+    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)

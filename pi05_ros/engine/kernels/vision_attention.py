@@ -1,0 +1,112 @@
+"""Full attention within one view, straight from the merged QKV projection.
+
+A view has few enough keys for one pass: each program keeps its whole score rows, so there is no
+running softmax. The head dimension is taken as a power of two plus a rest (72 = 64 + 8), which
+spares padded weights and copies.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _vision_attention_kernel(
+    p_qkv,  # (views * TOKENS, 3 * HEADS * DIM): q | k | v
+    p_out,  # (views * TOKENS, HEADS * DIM)
+    scale_log2,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,  # largest power of two <= DIM
+    REST: tl.constexpr,  # columns that cover DIM - MAIN; 0: none
+    TOKENS: tl.constexpr,
+    KEYS_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    head = tl.program_id(1) % HEADS
+    first = (tl.program_id(1) // HEADS).to(tl.int64) * TOKENS
+    STRIDE: tl.constexpr = 3 * HEADS * DIM
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_key = tl.arange(0, KEYS_BLOCK)
+    o_main = tl.arange(0, MAIN)
+    m_row = (o_row < TOKENS)[:, None]
+    m_key = (o_key < TOKENS)[:, None]
+    p_query = p_qkv + (first + o_row)[:, None] * STRIDE + head * DIM
+    p_key = p_qkv + (first + o_key)[:, None] * STRIDE + (HEADS + head) * DIM
+    p_value = p_key + HEADS * DIM
+
+    b_q = tl.load(p_query + o_main[None, :], mask=m_row, other=0.0)
+    b_k = tl.load(p_key + o_main[None, :], mask=m_key, other=0.0)
+    b_scores = tl.dot(b_q, tl.trans(b_k), input_precision='ieee')
+    if REST > 0:
+        o_rest = MAIN + tl.arange(0, REST)
+        m_rest = (o_rest < DIM)[None, :]
+        b_q = tl.load(p_query + o_rest[None, :], mask=m_row & m_rest, other=0.0)
+        b_k = tl.load(p_key + o_rest[None, :], mask=m_key & m_rest, other=0.0)
+        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision='ieee')
+    b_scores = tl.where((o_key < TOKENS)[None, :], b_scores * scale_log2, -float('inf'))
+    b_weights = tl.exp2(b_scores - tl.max(b_scores, axis=1)[:, None])
+    b_inverse = (1.0 / tl.sum(b_weights, axis=1))[:, None]
+    b_weights = b_weights.to(p_out.dtype.element_ty)
+
+    p_row = p_out + (first + o_row)[:, None] * HEADS * DIM + head * DIM
+    b_v = tl.load(p_value + o_main[None, :], mask=m_key, other=0.0)
+    b_out = tl.dot(b_weights, b_v, input_precision='ieee') * b_inverse
+    tl.store(p_row + o_main[None, :], b_out.to(p_out.dtype.element_ty), mask=m_row)
+    if REST > 0:
+        o_rest = MAIN + tl.arange(0, REST)
+        m_rest = (o_rest < DIM)[None, :]
+        b_v = tl.load(p_value + o_rest[None, :], mask=m_key & m_rest, other=0.0)
+        b_out = tl.dot(b_weights, b_v, input_precision='ieee') * b_inverse
+        b_out = b_out.to(p_out.dtype.element_ty)
+        tl.store(p_row + o_rest[None, :], b_out, mask=m_row & m_rest)
+
+
+DEFAULT_LAUNCH = {'block_m': 64, 'warps': 4}
+
+
+def vision_attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    tokens_per_view: int,
+    out: torch.Tensor,
+    launch: dict[str, int] | None = None,
+) -> None:
+    """Write softmax(q k^T / sqrt(D)) v per view and head.
+
+    Args:
+        qkv: (V * tokens, 3 * heads * D) as the merged projection leaves it.
+        out: (V * tokens, heads * D).
+        launch: ``block_m`` query rows per program (a power of two >= 16) and ``warps``.
+    """
+    launch = launch or DEFAULT_LAUNCH
+    dim = out.shape[1] // num_heads
+    main = 1 << (dim.bit_length() - 1)
+    rest = dim - main
+    views = qkv.shape[0] // tokens_per_view
+    grid = (triton.cdiv(tokens_per_view, launch['block_m']), views * num_heads)
+    _vision_attention_kernel[grid](
+        qkv,
+        out,
+        dim**-0.5 * 1.4426950408889634,  # log2(e): exp2 is one instruction
+        HEADS=num_heads,
+        DIM=dim,
+        MAIN=main,
+        REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
+        TOKENS=tokens_per_view,
+        KEYS_BLOCK=triton.next_power_of_2(tokens_per_view),
+        BLOCK_M=launch['block_m'],
+        num_warps=launch['warps'],
+    )
+
+
+def vision_attention_plain(
+    qkv: torch.Tensor, num_heads: int, tokens_per_view: int, out: torch.Tensor
+) -> None:
+    """Do what :func:`vision_attention` does, in plain PyTorch."""
+    dim = out.shape[1] // num_heads
+    parts = qkv.view(-1, tokens_per_view, 3, num_heads, dim).permute(2, 0, 3, 1, 4)
+    attended = torch.nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+    out.copy_(attended.transpose(1, 2).reshape(out.shape))

@@ -1,0 +1,124 @@
+"""The operations that stages are written in, fused or plain.
+
+A stage says what happens; an :class:`Ops` says with what. :class:`FusedOps` are the kernels of
+this package (bfloat16 on a GPU); :class:`PlainOps` are their plain PyTorch twins, which run the
+very same stages in float32 and on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .kernels import cublaslt, geglu, norms, prefill_attention, prompt, resize, rope
+from .kernels import vision_attention as vision
+from .tuning import TunedChoices
+
+Tensor = torch.Tensor
+
+
+class Ops(Protocol):
+    """Every operation writes into ``out`` and allocates nothing that outlives it."""
+
+    name: str
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        gelu: bool = False,
+    ) -> None:
+        """See :meth:`pi05_ros.engine.kernels.cublaslt.CublasLt.linear`."""
+
+    def resize_to_patches(
+        self, images: Tensor, tables: resize.ResizeTables, scratch: Tensor, patches: Tensor,
+        copies: int,
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.resize.resize_to_patches`."""
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor,
+        rounded: Tensor | None = None,
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.norms.layer_norm`."""
+
+    def vision_attention(
+        self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.vision_attention.vision_attention`."""
+
+    def embed_prompt(
+        self, tokens: Tensor, count: Tensor, table: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.prompt.embed_prompt`."""
+
+    def rope_kv(
+        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
+        keys: Tensor, values: Tensor,
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.rope.rope_kv`."""
+
+    def prefill_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.prefill_attention.prefill_attention`."""
+
+    def geglu(self, gate_up: Tensor, x: Tensor, eps: float, out: Tensor) -> None:
+        """See :func:`pi05_ros.engine.kernels.geglu.geglu`."""
+
+
+class PlainOps:
+    """The plain twins."""
+
+    name = 'plain'
+
+    linear = staticmethod(cublaslt.linear_plain)
+    resize_to_patches = staticmethod(resize.resize_to_patches_plain)
+    layer_norm = staticmethod(norms.layer_norm_plain)
+    vision_attention = staticmethod(vision.vision_attention_plain)
+    embed_prompt = staticmethod(prompt.embed_prompt_plain)
+    rope_kv = staticmethod(rope.rope_kv_plain)
+    prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
+    geglu = staticmethod(geglu.geglu_plain)
+
+
+class FusedOps:
+    """The kernels, launched with the choices tuned for this GPU or with safe defaults."""
+
+    name = 'fused'
+
+    resize_to_patches = staticmethod(resize.resize_to_patches)
+    layer_norm = staticmethod(norms.layer_norm)
+    embed_prompt = staticmethod(prompt.embed_prompt)
+    rope_kv = staticmethod(rope.rope_kv)
+
+    def __init__(self, device: torch.device, choices: TunedChoices) -> None:
+        self.choices = choices
+        self.gemm = cublaslt.CublasLt(device, choices)
+        self.linear = self.gemm.linear
+
+    def vision_attention(
+        self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
+    ) -> None:
+        """Run the kernel with this GPU's block sizes."""
+        key = f'vision_attention-{qkv.shape[0]}'
+        launch = self.choices.kernel(key, vision.DEFAULT_LAUNCH)
+        vision.vision_attention(qkv, num_heads, tokens_per_view, out, launch)
+
+    def prefill_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Run the kernel with this GPU's block sizes."""
+        key = f'prefill_attention-{q.shape[0]}'
+        launch = self.choices.kernel(key, prefill_attention.DEFAULT_LAUNCH)
+        prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
+
+    def geglu(self, gate_up: Tensor, x: Tensor, eps: float, out: Tensor) -> None:
+        """Run the kernel with this GPU's block sizes."""
+        launch = self.choices.kernel(f'geglu-{out.shape[0]}', geglu.DEFAULT_LAUNCH)
+        geglu.geglu(gate_up, x, eps, out, launch)

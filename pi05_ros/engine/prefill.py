@@ -1,0 +1,113 @@
+"""Prefill: the prefix through the language model, leaving K and V of every layer.
+
+The number of valid prefix rows lives on the device. The host only picks how many rows the GEMMs
+run over (a bucket at or above it); rows between the two are zero and nobody attends to them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pi05_ros.model.config import Pi05Config
+
+from .kernels.prefill_attention import KEY_ROWS_MULTIPLE
+from .kernels.rope import rope_tables
+from .ops import Ops
+from .weights import PrefillWeights
+
+# GEMM time grows in steps of the tile; finer buckets than this cost graphs and gain nothing.
+BUCKET_TOKENS = 32
+
+
+def bucket_rows(num_image_rows: int, max_prompt_tokens: int) -> tuple[int, ...]:
+    """Return the row counts for which a prefill is captured, ascending; the last is the longest.
+
+    Counts lie at multiples of :data:`BUCKET_TOKENS`, where GEMM tiles end, not at multiples of
+    the prompt length.
+    """
+    longest = num_image_rows + max_prompt_tokens
+    first = -(-(num_image_rows + 1) // BUCKET_TOKENS) * BUCKET_TOKENS
+    return (*range(first, longest, BUCKET_TOKENS), longest)
+
+
+class PrefillStage:
+    """The language model over static buffers.
+
+    Args:
+        weights: packed weights; their dtype is the stage's.
+        num_image_rows: rows of the prefix that Vision fills.
+        max_prompt_tokens: most prompt tokens of a call.
+
+    Attributes:
+        prefix: (R, W) image tokens, then prompt; R is padded to whole key blocks.
+        keys, values: (L, R, D) K after RoPE and V.
+        tokens: (max_prompt_tokens,) int32; num_tokens, num_prefix: (1,) int32: the call's lengths.
+    """
+
+    def __init__(
+        self,
+        weights: PrefillWeights,
+        config: Pi05Config,
+        ops: Ops,
+        num_image_rows: int,
+        max_prompt_tokens: int,
+        lengths: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> None:
+        self.weights = weights
+        self.config = config.vlm
+        self.ops = ops
+        self.num_image_rows = num_image_rows
+        self.buckets = bucket_rows(num_image_rows, max_prompt_tokens)
+        vlm, like = config.vlm, weights.embedding
+        rows = -(-self.buckets[-1] // KEY_ROWS_MULTIPLE) * KEY_ROWS_MULTIPLE
+        self.prefix = like.new_zeros(rows, vlm.width)
+        self.x = like.new_zeros(rows, vlm.width)
+        self.qkv = like.new_zeros(rows * (vlm.num_heads + 2) * vlm.head_dim)
+        self.q = like.new_zeros(rows, vlm.num_heads * vlm.head_dim)
+        self.attended = torch.zeros_like(self.q)
+        self.gate_up = like.new_zeros(rows, 2 * vlm.mlp_dim)
+        self.hidden = like.new_zeros(rows, vlm.mlp_dim)
+        self.keys = like.new_zeros(vlm.depth, rows, vlm.head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.tokens = tokens
+        self.num_tokens, self.num_prefix = lengths[:1], lengths[1:2]
+        self.cos, self.sin = rope_tables(
+            rows, vlm.head_dim, vlm.rope_theta, like.dtype, like.device
+        )
+
+    def bucket(self, num_tokens: int) -> int:
+        """Return the rows of the smallest captured prefill that holds a prompt."""
+        needed = self.num_image_rows + num_tokens
+        return next(rows for rows in self.buckets if rows >= needed)
+
+    def launch(self, rows: int) -> None:
+        """Enqueue the stage on the current stream, over ``rows`` rows of the prefix."""
+        ops, vlm = self.ops, self.config
+        prompt = self.prefix[self.num_image_rows : rows]
+        ops.embed_prompt(
+            self.tokens, self.num_tokens, self.weights.embedding, vlm.width**0.5, prompt
+        )
+        x = self.prefix[:rows]
+        for index in range(vlm.depth):
+            x = self._layer(index, x, rows)
+
+    def _layer(self, index: int, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Enqueue one layer; the first leaves the prefix as it is and continues in ``self.x``."""
+        ops, layer, eps = self.ops, self.weights.layers[index], self.config.rms_norm_eps
+        keys, values = self.keys[index], self.values[index]
+        features = layer.qkv.shape[0]
+        qkv = self.qkv[: rows * features].view(rows, features)
+        ops.linear(x, layer.qkv, qkv)
+        q = None if layer.out is None else self.q[:rows]
+        ops.rope_kv(qkv, x, self.cos, self.sin, eps, q, keys, values)
+        if q is None:
+            return x
+        attended, residual = self.attended[:rows], self.x[:rows]
+        scale = self.config.head_dim**-0.5
+        ops.prefill_attention(q, keys, values, self.num_prefix, scale, attended)
+        ops.linear(attended, layer.out, residual, residual=x)
+        ops.linear(residual, layer.gate_up, self.gate_up[:rows])
+        ops.geglu(self.gate_up[:rows], residual, eps, self.hidden[:rows])
+        ops.linear(self.hidden[:rows], layer.down, residual, residual=residual)
+        return residual

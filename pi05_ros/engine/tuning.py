@@ -1,0 +1,121 @@
+"""Choices that were timed on one GPU: GEMM algorithms and kernel block sizes.
+
+They are stored as one JSON file per GPU name, shipped in ``engine/tuned`` and overridden by the
+user's own file (``pi05-ros tune`` writes it). A shape that nobody tuned runs with safe defaults;
+nothing is timed when a pipeline is built, so that the same machine always runs the same kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .pipeline import BackendError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TunedChoices:
+    """What was found fastest on one GPU.
+
+    Args:
+        gpu: the GPU's name as its driver reports it.
+        cublaslt_version: the library that ``algorithms`` belong to; another one ignores them.
+        algorithms: linear-layer signature -> opaque cuBLASLt algorithm, hexadecimal.
+        kernels: kernel shape -> launch settings, such as block sizes and warps.
+        source: where this came from, for the log.
+    """
+
+    gpu: str
+    cublaslt_version: int = 0
+    algorithms: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    source: str = 'defaults'
+
+    def algorithm(self, key: str, cublaslt_version: int) -> str | None:
+        """Return the stored algorithm of a linear layer, if it fits this library version."""
+        return self.algorithms.get(key) if cublaslt_version == self.cublaslt_version else None
+
+    def kernel(self, key: str, default: Mapping[str, int]) -> dict[str, int]:
+        """Return a kernel's launch settings: the stored ones, or ``default``."""
+        return {**default, **self.kernels.get(key, {})}
+
+    def merged(self, other: TunedChoices) -> TunedChoices:
+        """Return these choices overridden by ``other``'s; algorithms only of one version."""
+        same = other.cublaslt_version == self.cublaslt_version
+        mine = self.algorithms if same or not other.algorithms else {}
+        return TunedChoices(
+            gpu=self.gpu,
+            cublaslt_version=other.cublaslt_version or self.cublaslt_version,
+            algorithms={**mine, **other.algorithms},
+            kernels={**self.kernels, **other.kernels},
+            source=f'{self.source}, {other.source}',
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form; :func:`read_choices` reads it back."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            'format': FORMAT,
+            'gpu': self.gpu,
+            'cublaslt_version': self.cublaslt_version,
+            'algorithms': dict(sorted(self.algorithms.items())),
+            'kernels': {key: dict(value) for key, value in sorted(self.kernels.items())},
+        }
+        path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+
+
+def load_choices(gpu: str) -> TunedChoices:
+    """Return what is known about a GPU: the shipped choices, overridden by the user's own."""
+    choices = TunedChoices(gpu)
+    for path in (shipped_path(gpu), user_path(gpu)):
+        if path.is_file():
+            choices = choices.merged(read_choices(path, gpu))
+    return choices
+
+
+def read_choices(path: Path, gpu: str) -> TunedChoices:
+    """Read one file.
+
+    Raises:
+        BackendError: it is not such a file, or belongs to another GPU.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
+        found = content['gpu'], content['format']
+        choices = TunedChoices(
+            gpu=gpu,
+            cublaslt_version=int(content['cublaslt_version']),
+            algorithms=dict(content['algorithms']),
+            kernels=dict(content['kernels']),
+            source=str(path),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(f'{path}: not a tuning file ({error}); remove it or tune again') from None
+    if found != (gpu, FORMAT):
+        raise BackendError(
+            f'{path}: made for {found[0]} in format {found[1]}, expected {gpu} in format {FORMAT}; '
+            'remove it or tune again'
+        )
+    return choices
+
+
+def file_name(gpu: str) -> str:
+    """Return the file name for a GPU name."""
+    return '_'.join(gpu.split()).replace('/', '_') + '.json'
+
+
+def shipped_path(gpu: str) -> Path:
+    """Return where the package keeps its choices for a GPU."""
+    return Path(__file__).parent / 'tuned' / file_name(gpu)
+
+
+def user_path(gpu: str) -> Path:
+    """Return where ``pi05-ros tune`` writes: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(root) / 'pi05_ros' / 'tuned' / file_name(gpu)

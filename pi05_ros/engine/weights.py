@@ -1,0 +1,225 @@
+"""Checkpoint tensors in the form the fast stages read: merged, folded, one dtype.
+
+Packing takes tensors out of the state dictionary as it goes, so that a model is never twice on
+the device. What is folded is folded in fp32 before the one rounding: language-model norm weights
+lie near -1, where (1 + w) in bfloat16 would vanish (performance.md 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+
+from pi05_ros.model.config import Pi05Config
+
+State = MutableMapping[str, torch.Tensor]
+
+_PALIGEMMA = 'paligemma_with_expert.paligemma.'
+_VISION = _PALIGEMMA + 'model.vision_tower.vision_model.'
+_PROJECTOR = _PALIGEMMA + 'model.multi_modal_projector.linear.'
+_LANGUAGE = _PALIGEMMA + 'model.language_model.'
+_EMBEDDINGS = (_LANGUAGE + 'embed_tokens.weight', _PALIGEMMA + 'lm_head.weight')
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: weight (N, K) and bias (N,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Weight and bias, (W,) each."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class VisionLayer:
+    """One SigLIP layer; ``qkv`` is the three projections stacked, (3 W, W)."""
+
+    norm1: LayerNorm
+    qkv: Linear
+    out: Linear
+    norm2: LayerNorm
+    fc1: Linear
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class VisionWeights:
+    """The tower and the projector.
+
+    Args:
+        patch: (W, copies * 3 * patch_px**2, padded to 8) weight on pixel values 0..255.
+        patch_offset: (tokens, W) fp32: bias, position embedding and the pixel offset of -1.
+        patch_copies: how often a patch's pixels stand side by side in one row.
+    """
+
+    patch: torch.Tensor
+    patch_offset: torch.Tensor
+    patch_copies: int
+    layers: tuple[VisionLayer, ...]
+    post_norm: LayerNorm
+    projector: Linear
+
+
+@dataclass(frozen=True)
+class PrefillLayer:
+    """One language-model layer, with the norms' (1 + w) in ``qkv`` and ``gate_up``.
+
+    The last layer only fills the cache: its ``qkv`` holds k and v, the rest is None.
+    """
+
+    qkv: torch.Tensor  # ((heads + 2) * D, W), or (2 * D, W)
+    out: torch.Tensor | None = None  # (W, heads * D)
+    gate_up: torch.Tensor | None = None  # (2 F, W)
+    down: torch.Tensor | None = None  # (W, F)
+
+
+@dataclass(frozen=True)
+class PrefillWeights:
+    """Token embedding (vocabulary, W) and the layers."""
+
+    embedding: torch.Tensor
+    layers: tuple[PrefillLayer, ...]
+
+
+class _Taker:
+    """Takes tensors out of a state by name, in one dtype and on one device."""
+
+    def __init__(self, state: State, dtype: torch.dtype, device: torch.device) -> None:
+        self.state = state
+        self.dtype = dtype
+        self.device = device
+
+    def fp32(self, name: str) -> torch.Tensor:
+        return self.state.pop(name).to(self.device).float()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.state.pop(name).to(self.device).to(self.dtype).contiguous()
+
+    def linear(self, prefix: str) -> Linear:
+        return Linear(self.tensor(prefix + 'weight'), self.tensor(prefix + 'bias'))
+
+    def norm(self, prefix: str) -> LayerNorm:
+        return LayerNorm(self.tensor(prefix + 'weight'), self.tensor(prefix + 'bias'))
+
+    def stacked(self, prefix: str, names: tuple[str, ...], kind: str) -> torch.Tensor:
+        return torch.cat([self.tensor(f'{prefix}{name}.{kind}') for name in names])
+
+    def folded(self, prefix: str, names: tuple[str, ...], norm: torch.Tensor) -> torch.Tensor:
+        """Stack weights and multiply their columns by (1 + norm), in fp32."""
+        parts = [
+            (self.fp32(f'{prefix}{name}.weight') * (1.0 + norm)).to(self.dtype) for name in names
+        ]
+        return torch.cat(parts)
+
+
+def pack_vision(
+    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device
+) -> VisionWeights:
+    """Take the vision tower and the projector out of ``state`` (keys: pi05_spec 2.1)."""
+    take = _Taker(state, dtype, device)
+    patch, offset, copies = _pack_patches(take, config)
+    layers = []
+    for index in range(config.vision.depth):
+        prefix = f'{_VISION}encoder.layers.{index}.'
+        attention = prefix + 'self_attn.'
+        names = ('q_proj', 'k_proj', 'v_proj')
+        qkv = Linear(
+            take.stacked(attention, names, 'weight'), take.stacked(attention, names, 'bias')
+        )
+        layers.append(
+            VisionLayer(
+                norm1=take.norm(prefix + 'layer_norm1.'),
+                qkv=qkv,
+                out=take.linear(attention + 'out_proj.'),
+                norm2=take.norm(prefix + 'layer_norm2.'),
+                fc1=take.linear(prefix + 'mlp.fc1.'),
+                fc2=take.linear(prefix + 'mlp.fc2.'),
+            )
+        )
+    return VisionWeights(
+        patch=patch,
+        patch_offset=offset,
+        patch_copies=copies,
+        layers=tuple(layers),
+        post_norm=take.norm(_VISION + 'post_layernorm.'),
+        projector=take.linear(_PROJECTOR),
+    )
+
+
+def _pack_patches(take: _Taker, config: Pi05Config) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Turn the fp32 patch convolution into a GEMM on raw pixel values.
+
+    A pixel enters as x / 127.5 - 1; the division goes into the weight and the -1 into the bias.
+    Pixel values are exact in bfloat16. The weight is not, so it enters as the sum of two bfloat16
+    numbers, high and low part, against the same pixels twice: closer to fp32 than the TF32 of the
+    reference (performance.md, idea G).
+    """
+    width = config.vision.width
+    weight = take.fp32(_VISION + 'embeddings.patch_embedding.weight').reshape(width, -1)
+    bias = take.fp32(_VISION + 'embeddings.patch_embedding.bias')
+    positions = take.fp32(_VISION + 'embeddings.position_embedding.weight')
+    offset = positions + (bias - weight.double().sum(dim=1).float())
+    scaled = weight / 127.5
+    high = scaled.to(take.dtype)
+    parts = [high]
+    if take.dtype != torch.float32:
+        parts.append((scaled - high.float()).to(take.dtype))
+    columns = scaled.shape[1] * len(parts)
+    patch = torch.zeros(width, -(-columns // 8) * 8, dtype=take.dtype, device=take.device)
+    patch[:, :columns] = torch.cat(parts, dim=1)
+    return patch, offset.contiguous(), len(parts)
+
+
+def pack_prefill(
+    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device
+) -> PrefillWeights:
+    """Take the language model out of ``state``; what inference never reads is dropped."""
+    take = _Taker(state, dtype, device)
+    layers = []
+    for index in range(config.vlm.depth):
+        prefix = f'{_LANGUAGE}layers.{index}.'
+        norm1 = take.fp32(prefix + 'input_layernorm.weight')
+        norm2 = take.fp32(prefix + 'post_attention_layernorm.weight')
+        attention, mlp = prefix + 'self_attn.', prefix + 'mlp.'
+        if index == config.vlm.depth - 1:
+            layers.append(PrefillLayer(take.folded(attention, ('k_proj', 'v_proj'), norm1)))
+            continue
+        layers.append(
+            PrefillLayer(
+                qkv=take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1),
+                out=take.tensor(attention + 'o_proj.weight'),
+                gate_up=take.folded(mlp, ('gate_proj', 'up_proj'), norm2),
+                down=take.tensor(mlp + 'down_proj.weight'),
+            )
+        )
+    name = next(name for name in _EMBEDDINGS if name in state)
+    embedding = take.tensor(name)
+    for left in [name for name in state if name.startswith((_LANGUAGE, *_EMBEDDINGS))]:
+        del state[left]
+    return PrefillWeights(embedding, tuple(layers))
+
+
+def weight_bytes(config: Pi05Config, dtype: torch.dtype) -> dict[str, int]:
+    """Return the device bytes of the packed weights per part."""
+    vision, vlm, expert = config.vision, config.vlm, config.expert
+    size = dtype.itemsize
+    tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
+    heads = (2 * vlm.num_heads + 2 * vlm.num_kv_heads) * vlm.head_dim
+    layer = vlm.width * (heads + 3 * vlm.mlp_dim)
+    heads = (2 * expert.num_heads + 2 * expert.num_kv_heads) * expert.head_dim
+    expert_layer = expert.width * (heads + 3 * expert.mlp_dim)
+    return {
+        'vision': size * (tower + vision.width * vlm.width),
+        'language': size * (vlm.depth - 1) * layer,
+        'embedding': size * config.vocab_size * vlm.width,
+        'expert': size * expert.depth * expert_layer,
+    }

@@ -1,0 +1,46 @@
+"""RoPE and K/V write kernel against its plain twin, and the twin against the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_ros.engine.kernels.rope import rope_kv, rope_kv_plain, rope_tables
+
+
+@pytest.mark.parametrize(
+    ('heads', 'dim', 'width'), [(8, 32, 128), (3, 16, 100), (8, 256, 2048)],
+    ids=['tiny', 'ragged', 'full'],
+)
+def test_rope_matches_its_twin(draw, assert_matches, dtype, device, heads, dim, width):
+    rows = 7
+    qkv, x = draw(rows, (heads + 2) * dim), draw(rows, width, scale=3.0)
+    cos, sin = rope_tables(rows + 2, dim, 10_000.0, dtype, device)
+    results = []
+    for run in (rope_kv, rope_kv_plain):
+        q = torch.full((rows, heads * dim), float('nan'), dtype=dtype, device=device)
+        keys, values = torch.zeros(2, rows + 2, dim, dtype=dtype, device=device)
+        run(qkv, x, cos, sin, 1e-6, q, keys, values)
+        results.append((q, keys, values))
+    for kernel, twin in zip(*results, strict=True):
+        assert_matches(kernel, twin)
+    assert not results[0][1][rows:].any(), 'rows beyond the prefix were written'
+
+
+def test_a_cache_only_layer_has_no_queries(draw, assert_matches, dtype, device):
+    qkv, x = draw(4, 2 * 32), draw(4, 128)
+    cos, sin = rope_tables(4, 32, 10_000.0, dtype, device)
+    results = []
+    for run in (rope_kv, rope_kv_plain):
+        keys, values = torch.full((2, 4, 32), float('nan'), dtype=dtype, device=device)
+        run(qkv, x, cos, sin, 1e-6, None, keys, values)
+        results.append((keys, values))
+    for kernel, twin in zip(*results, strict=True):
+        assert_matches(kernel, twin)
+
+
+def test_position_zero_is_not_rotated_and_row_i_is_position_i(device):
+    cos, sin = rope_tables(3, 8, 10_000.0, torch.float32, torch.device('cpu'))
+    assert torch.equal(cos[0], torch.ones(4))
+    assert torch.equal(sin[0], torch.zeros(4))
+    assert torch.allclose(sin[2], torch.sin(2.0 * 10_000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])))
