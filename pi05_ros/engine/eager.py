@@ -31,6 +31,7 @@ class EagerPipeline(Pipeline):
 
     @property
     def stage_backends(self) -> Mapping[str, str]:
+        """Return 'eager' for every stage."""
         return dict.fromkeys(STAGES, 'eager')
 
     @torch.inference_mode()
@@ -41,6 +42,7 @@ class EagerPipeline(Pipeline):
         noise: np.ndarray,
         num_steps: int | None = None,
     ) -> InferenceResult:
+        """Run the three stages on one observation; see :meth:`Pipeline.infer`."""
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
         self._check_tokens(tokens)
@@ -76,6 +78,7 @@ class EagerPipeline(Pipeline):
     def trace(
         self, views: np.ndarray, tokens: np.ndarray, noise: np.ndarray, num_steps: int
     ) -> Trace:
+        """Run one inference and return what it computed; see :meth:`Traceable.trace`."""
         self._check_tokens(tokens)
         views_, tokens_, noise_ = self._to_device(views, tokens, noise)
         sample = self._model.sample_actions(to_pixels(views_), tokens_, noise_, num_steps)
@@ -88,6 +91,7 @@ class EagerPipeline(Pipeline):
         )
 
     def close(self) -> None:
+        """Free the weights. The pipeline cannot be used afterwards."""
         del self._model
         if self.device.startswith('cuda'):
             torch.cuda.empty_cache()

@@ -26,9 +26,16 @@ from .config import GEMMA_VARIANTS, GemmaConfig, Pi05Config
 from .errors import CheckpointError, ConfigError
 from .names import expected_shapes, model_name
 from .pi05 import Pi05Model
-from .weights import read_state
+from .weights import check_names, read_header, read_state
 
-__all__ = ['Checkpoint', 'expected_shapes', 'load_model', 'load_state', 'open_checkpoint']
+__all__ = [
+    'Checkpoint',
+    'check_weights',
+    'expected_shapes',
+    'load_model',
+    'load_state',
+    'open_checkpoint',
+]
 
 Layout = Literal['openpi', 'lerobot', 'golden']
 WEIGHTS_FILE = 'model.safetensors'
@@ -84,6 +91,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(_no_weights(path))
     layout, raw, config = _read_config(path)
     return Checkpoint(path, layout, config, raw, weights_path)
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Check names, shapes and dtypes of the weights without reading their values.
+
+    Raises:
+        CheckpointError: the file is corrupt, or its tensors do not fit; lists every fault.
+    """
+    path = checkpoint.weights_path
+    check_names(path, read_header(path), checkpoint.config, checkpoint.layout)
 
 
 def load_state(

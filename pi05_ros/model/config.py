@@ -31,10 +31,12 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.width // self.num_heads
 
     @property
     def tokens_per_view(self) -> int:
+        """Number of patches, which is the number of image tokens, of one view."""
         return (self.image_px // self.patch_px) ** 2
 
 

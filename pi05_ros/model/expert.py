@@ -73,6 +73,7 @@ class ExpertLayer(nn.Module):
         prefix_values: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        """Run the layer on (H, width), with this layer's K and V (P, ...) of the prefix."""
         normed, gate = self.input_layernorm(x, cond)
         query, key, value = self.self_attn.project(normed, rope)
         keys = torch.cat([prefix_keys, key])

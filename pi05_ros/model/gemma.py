@@ -93,6 +93,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Norm (..., width) in float32; the result has the dtype of ``x``."""
         return (rms_normalise(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
 
 
@@ -148,6 +149,7 @@ class GemmaMlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (N, width) to (N, width)."""
         return self.down_proj(F.gelu(self.gate_proj(x), approximate='tanh') * self.up_proj(x))
 
 

@@ -57,6 +57,7 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the layer on (V, tokens, width)."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -73,6 +74,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of each view: (V, tokens, width) to the same shape."""
         views, tokens, _ = x.shape
 
         def heads(projected: Tensor) -> Tensor:  # (V, tokens, width) -> (V, heads, tokens, D)
@@ -93,4 +95,5 @@ class VisionMlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (V, tokens, width) to the same shape."""
         return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))

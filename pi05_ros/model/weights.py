@@ -64,7 +64,7 @@ def read_state(
         CheckpointError: lists every tensor that is missing, unexpected, of another shape or of a
             dtype that is not readable; or names the tensors that hold NaN or infinity.
     """
-    stored_names = _checked_names(path, read_header(path), config, layout)
+    stored_names = check_names(path, read_header(path), config, layout)
     state: dict[str, Tensor] = {}
     broken = []
     try:
@@ -83,13 +83,17 @@ def read_state(
     return state
 
 
-def _checked_names(
+def check_names(
     path: Path,
     header: dict[str, tuple[tuple[int, ...], str]],
     config: Pi05Config,
     layout: str,
 ) -> dict[str, str]:
-    """Return openpi name -> stored name of the tensors to read, or raise listing all faults."""
+    """Return openpi name -> stored name of the tensors that inference uses.
+
+    Raises:
+        CheckpointError: lists every tensor that does not fit.
+    """
     expected = expected_shapes(config)
     expected[EMBEDDING_ALIAS] = expected[EMBEDDING]
     found: dict[str, str] = {}

@@ -31,6 +31,7 @@ class Tolerance:
     min_cosine: float | None = None
 
     def accepts(self, max_abs_error: float, cosine: float) -> bool:
+        """Return whether both figures are within the limits."""
         # Written so that NaN is never accepted.
         small = self.max_abs_error is None or max_abs_error <= self.max_abs_error
         aligned = self.min_cosine is None or cosine >= self.min_cosine
@@ -60,6 +61,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether the item is within its tolerance."""
         return self.tolerance.accepts(self.max_abs_error, self.cosine)
 
 
