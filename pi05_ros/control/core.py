@@ -20,7 +20,7 @@ from .gates import NS_PER_MS, check_age, check_skew
 from .inputs import Inputs
 from .parameters import NodeSettings
 from .reasons import Reason, Skip
-from .window import Window
+from .window import RateMeter
 
 # A pause between two ticks that is longer than this is a jump of the clock, not a slow inference.
 MAX_OVERRUN_NS = 10_000_000_000
@@ -97,7 +97,7 @@ class ControlCore:
         self.counters = Counters()
         self.last: TickResult | None = None
         self.recent: deque[bool] = deque(maxlen=max(1, round(self.settings.rate_hz)))
-        self.act_window_ms = Window()
+        self.action_rate = RateMeter()
         self._next_tick = 0
         self._last_tick_ns: int | None = None
         self._clock_ns: int | None = None
@@ -121,6 +121,7 @@ class ControlCore:
             self.counters.clock_jumps += 1
             self._jumped = True
             self._last_tick_ns = None
+            self.action_rate.clear()
         self._clock_ns = now_ns
 
     def push(self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None) -> None:
@@ -148,6 +149,13 @@ class ControlCore:
         result = TickResult(self._next_tick, now_ns, chunk, skip, gate_ms, act_ms, error)
         self._record(result)
         return result
+
+    @property
+    def health(self) -> int:
+        """Return 0 while every tick acts, 1 if some of the last second did not, 2 if none did."""
+        if all(self.recent):
+            return 0
+        return 1 if any(self.recent) else 2
 
     def _observe(self, now_ns: int) -> Observation | Skip:
         """Check everything that is cheap first; decode images last."""
@@ -229,7 +237,7 @@ class ControlCore:
             self.counters.skips[result.skip.reason] += 1
             return
         self.counters.actions += 1
-        self.act_window_ms.add(result.act_ms)
+        self.action_rate.add(result.now_ns)
         for name, slot in self.inputs.cameras.items():
             if self._used_images.get(name) == slot.received:
                 self.counters.reused_images += 1

@@ -23,6 +23,9 @@ def check_age(
         max_future_ms: tolerated lead of the stamp over ``now_ns``: clocks that are synchronised
             between machines still differ a little, and a simulated clock moves in steps.
     """
+    if stamp_ns == 0:
+        detail = f'{name} has no stamp in its header; set stamp_source: receive'
+        return Skip(Reason.STALE_INPUT, name, detail)
     age_ms = (now_ns - stamp_ns) / NS_PER_MS
     if age_ms > max_age_ms:
         return Skip(Reason.STALE_INPUT, name, f'{name} {age_ms:.0f} ms old > {max_age_ms:g} ms')

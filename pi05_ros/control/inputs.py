@@ -21,9 +21,6 @@ from .slots import Slot
 from .state import JointIndex, eef_component
 from .topics import EEF_POSE, JOINT_STATES, TASK_PROMPT, input_topics
 
-# Far more than any model's prompt; it bounds what a flood of text can cost per tick.
-MAX_PROMPT_CHARS = 4096
-
 
 class CameraSlot(Slot):
     """Newest image of one camera, raw or compressed."""
@@ -103,12 +100,6 @@ class PromptSlot:
 
     def _take(self, text: str, source: str) -> None:
         self.text, self.source, self.fault = text, source, None
-        if len(text) > MAX_PROMPT_CHARS:
-            self.text = ''
-            self.fault = InputFault(
-                Reason.PROMPT_TOO_LONG,
-                f'prompt has {len(text)} characters, the limit is {MAX_PROMPT_CHARS}',
-            )
 
 
 class Inputs:
@@ -176,7 +167,7 @@ class Inputs:
         return Skip(Reason.MISSING_INPUT, empty[0].title, f'no {names}')
 
     def malformed(self) -> Skip | None:
-        """Name the first sensor whose newest message is not even a message."""
+        """Name the first sensor whose newest message is known to be unusable."""
         for slot in self.sensors.values():
             if slot.fault is not None:
                 return Skip(slot.fault.reason, slot.title, f'{slot.title}: {slot.fault}')
@@ -214,6 +205,8 @@ class Inputs:
                 else:
                     self._fill_pose(state)
             except InputFault as fault:
+                if not slot.is_empty:
+                    slot.fault = fault  # known from now on, until the next message
                 return Skip(fault.reason, slot.title, f'{slot.title}: {fault}')
         stamps_ns = {name: slot.stamp_ns(stamp_source) for name, slot in self.sensors.items()}
         return Observation(images, state, prompt or self.prompt.text, stamps_ns)

@@ -287,9 +287,10 @@ def coerce(spec: ParameterSpec, value: Any) -> Value:
     """
     if spec.kind == 'double' and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not _TYPES[spec.kind]:
+    found = type(value)  # not isinstance: a bool is no int here
+    if found is not _TYPES[spec.kind]:
         raise ParameterError(
-            f'{spec.name} must be a {spec.kind}, got {value!r} ({type(value).__name__})'
+            f'{spec.name} must be a {spec.kind}, got {value!r} ({found.__name__})'
         )
     if spec.choices and value not in spec.choices:
         allowed = ', '.join(spec.choices)

@@ -22,7 +22,7 @@ class Reason(str, Enum):
     BAD_IMAGE_SIZE = 'bad_image_size'
     UNDECODABLE_IMAGE = 'undecodable_image'
     JOINT_MISSING = 'joint_missing'
-    STATE_NOT_FINITE = 'state_not_finite'
+    JOINT_NOT_FINITE = 'joint_not_finite'
     PROMPT_TOO_LONG = 'prompt_too_long'
     CLOCK_JUMP_BACK = 'clock_jump_back'
     INFERENCE_FAILED = 'inference_failed'

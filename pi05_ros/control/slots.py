@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from .cdr import parse_header
 from .reasons import InputFault, Reason
-
-NS_PER_S = 1_000_000_000
-# Arrivals older than this say nothing about the present rate.
-RATE_WINDOW_NS = 5 * NS_PER_S
+from .window import RateMeter
 
 
 class Slot:
@@ -26,7 +21,6 @@ class Slot:
         self.title = title
         self.topic = topic
         self.received = 0  # messages seen, since construction
-        self.lost = 0  # messages that the middleware reported as lost
         self.clear()
 
     def clear(self) -> None:
@@ -35,7 +29,7 @@ class Slot:
         self.fault: InputFault | None = None
         self.header_ns = 0
         self.receive_ns = 0
-        self._arrivals: deque[tuple[int, int | None]] = deque(maxlen=256)
+        self._arrivals = RateMeter()
 
     @property
     def is_empty(self) -> bool:
@@ -67,7 +61,7 @@ class Slot:
         self.raw = raw
         self.receive_ns = receive_ns
         self.received += 1
-        self._arrivals.append((receive_ns, sequence))
+        self._arrivals.add(receive_ns, sequence)
         self.fault = None
         try:
             self.header_ns = parse_header(raw).stamp_ns
@@ -81,15 +75,4 @@ class Slot:
 
     def rate_hz(self, now_ns: int) -> float:
         """Return how often messages arrived lately; 0.0 when fewer than two did."""
-        while self._arrivals and now_ns - self._arrivals[0][0] > RATE_WINDOW_NS:
-            self._arrivals.popleft()
-        if len(self._arrivals) < 2:
-            return 0.0
-        (first_ns, first_seq), (last_ns, last_seq) = self._arrivals[0], self._arrivals[-1]
-        if last_ns <= first_ns:
-            return 0.0
-        count = len(self._arrivals) - 1
-        # A publisher that restarted counts from one again; then the arrivals have to do.
-        if first_seq is not None and last_seq is not None and last_seq - first_seq > count:
-            count = last_seq - first_seq
-        return count * NS_PER_S / (last_ns - first_ns)
+        return self._arrivals.rate_hz(now_ns)

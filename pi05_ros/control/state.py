@@ -49,7 +49,7 @@ class JointIndex:
                 not_finite.append(f'{joint}.{field} = {value}')
             state[index] = value
         if not_finite:
-            raise InputFault(Reason.STATE_NOT_FINITE, f'not finite: {", ".join(not_finite)}')
+            raise InputFault(Reason.JOINT_NOT_FINITE, f'not finite: {", ".join(not_finite)}')
 
     def _look_up(self, names: tuple[str, ...]) -> None:
         if names == self._names:
@@ -92,7 +92,7 @@ def _check_pose(pose: PoseMessage) -> None:
     values = np.concatenate([pose.position, pose.orientation])
     length = float(np.linalg.norm(pose.orientation))
     if not np.isfinite(values).all():
-        raise InputFault(Reason.STATE_NOT_FINITE, f'not finite: {values.tolist()}')
+        raise InputFault(Reason.JOINT_NOT_FINITE, f'not finite: {values.tolist()}')
     if abs(length - 1.0) > _UNIT_TOLERANCE:
         raise InputFault(
             Reason.MALFORMED_MESSAGE, f'quaternion has length {length:.3f}, expected 1'

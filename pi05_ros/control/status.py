@@ -1,0 +1,224 @@
+"""What the diagnostics say, as plain data: names, levels, texts and figures.
+
+Keys carry their unit, come always in the same order, and figures have fixed decimals, so that a
+table of them stays still and a plot finds them. No ROS types here: the node turns a
+:class:`Status` into a message, and tests compare its text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .core import ControlCore
+from .gates import NS_PER_MS, skew_of
+from .inputs import Inputs
+from .parameters import NodeSettings
+from .statistics import TickStatistics
+from .window import Window
+
+OK, WARN, ERROR = 0, 1, 2
+LEVEL_NAMES = ('OK', 'WARN', 'ERROR')
+UNKNOWN = 'n/a'
+# Parts that exist only while the node is configured; the last ones need the loaded model.
+MODEL_PARTS = ('Pipeline', 'Action', 'Model')
+CONFIGURED_PARTS = ('Inputs', *MODEL_PARTS)
+
+
+@dataclass(frozen=True)
+class Status:
+    """One diagnostic_msgs/DiagnosticStatus; ``values`` in the order in which they are shown."""
+
+    part: str
+    level: int
+    message: str
+    values: tuple[tuple[str, str], ...] = ()
+
+    def text(self) -> str:
+        """Return all of it as lines, as tests and the terminal show it."""
+        lines = [f'[{LEVEL_NAMES[self.level]}] {self.part}: {self.message}']
+        return '\n'.join(lines + [f'  {key}: {value}' for key, value in self.values])
+
+
+@dataclass(frozen=True)
+class LifecycleView:
+    """State of the node, and what it runs in.
+
+    Args:
+        progress: what a running transition is doing; empty outside of one.
+        clock: one word on the clock that drives the ticks.
+        clock_stopped: it did not move since the last report, so nothing ticks.
+    """
+
+    state: str
+    progress: str
+    last_error: str
+    clock: str = 'system'
+    clock_stopped: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def lifecycle_status(view: LifecycleView) -> Status:
+    """Say in which state the node is, and why the last transition failed."""
+    level, message = OK, view.state
+    if view.progress:
+        level, message = WARN, f'{view.state}: {view.progress}'
+    elif view.last_error:
+        level, message = ERROR, f'{view.state}; {view.last_error}'
+    elif view.clock_stopped and view.state == 'active':
+        level, message = WARN, 'active, but the ROS clock stands still: nothing ticks'
+    values = (
+        ('state', view.state),
+        ('last error', view.last_error or 'none'),
+        ('clock', view.clock),
+        *view.environment.items(),
+    )
+    return Status('Lifecycle', level, message, values)
+
+
+def not_configured(part: str) -> Status:
+    """Stand in for a part that exists only while the node is configured."""
+    return Status(part, OK, 'not configured')
+
+
+def inputs_status(
+    inputs: Inputs,
+    settings: NodeSettings,
+    now_ns: int,
+    lost: Mapping[str, int | None],
+    faults: Mapping[str, str],
+) -> Status:
+    """Say how fresh every input is.
+
+    Args:
+        lost: input -> messages that the middleware lost; None where it cannot tell.
+        faults: input -> why its publisher does not match; only those that do not.
+    """
+    problems: list[tuple[int, str]] = [(ERROR, fault) for fault in faults.values()]
+    missing = inputs.missing()
+    if missing is not None:
+        problems.append((ERROR, missing.detail))
+    values: list[tuple[str, str]] = []
+    for name, slot in inputs.sensors.items():
+        camera = inputs.cameras.get(name)
+        limit_ms = settings.max_image_age_ms if camera else settings.max_joint_age_ms
+        age_ms = math.nan
+        if not slot.is_empty:
+            age_ms = (now_ns - slot.stamp_ns(settings.stamp_source)) / NS_PER_MS
+            if slot.fault is not None:
+                problems.append((ERROR, f'{slot.title}: {slot.fault}'))
+            elif age_ms > limit_ms:
+                problems.append((WARN, f'{slot.title} {age_ms:.0f} ms old > {limit_ms:g} ms'))
+        values += [
+            (f'{name} age (ms)', _number(age_ms)),
+            (f'{name} rate (Hz)', _number(slot.rate_hz(now_ns))),
+            (f'{name} lost', _count(lost.get(name))),
+        ]
+        if camera is not None:
+            values += [
+                (f'{name} encoding', camera.encoding or UNKNOWN),
+                (f'{name} size (px)', _size(camera.size_px)),
+            ]
+    stamps = {
+        slot.title: slot.stamp_ns(settings.stamp_source)
+        for slot in inputs.cameras.values()
+        if not slot.is_empty
+    }
+    prompt = inputs.prompt_skip()
+    if prompt is not None:
+        problems.append((WARN, prompt.detail))
+    values += [
+        ('camera skew (ms)', _number(skew_of(stamps) if len(stamps) > 1 else math.nan)),
+        ('task from', inputs.prompt.source),
+    ]
+    return Status('Inputs', *_worst(problems, 'all inputs fresh'), tuple(values))
+
+
+def pipeline_status(
+    statistics: TickStatistics,
+    settings: NodeSettings,
+    stage_backends: Mapping[str, str],
+) -> Status:
+    """Say how long each stage takes, and what ran it."""
+    period_ms = settings.period_ns / NS_PER_MS
+    tick = statistics.tick
+    level, message = OK, f'backend {"/".join(dict.fromkeys(stage_backends.values()))}'
+    if len(tick):
+        message = f'tick {tick.percentile(50):.1f} ms of {period_ms:.1f} ms; {message}'
+        if tick.percentile(50) > period_ms:
+            level, message = ERROR, f'{message}; the median tick is longer than the period'
+        elif tick.percentile(99) > period_ms:
+            level, message = WARN, f'{message}; 1 % of the ticks are longer than the period'
+    values = [('backend asked', settings.backend)]
+    values += [(f'{stage} backend', backend) for stage, backend in stage_backends.items()]
+    for name, window in (*statistics.stages.items(), ('tick', tick)):
+        values += _window(name, window, (50, 95))
+    return Status('Pipeline', level, message, tuple(values))
+
+
+def action_status(
+    core: ControlCore, statistics: TickStatistics, topic: str, is_active: bool, now_ns: int
+) -> Status:
+    """Say whether actions go out, how old they are, and what kept ticks from acting."""
+    settings, counters, last = core.settings, core.counters, core.last
+    skip = last.skip if last is not None else None
+    kind = 'dry run' if settings.dry_run else 'acting'
+    level, message = OK, f'{kind} on {topic}' if is_active else 'not active'
+    if is_active and core.health:
+        level, acted = core.health, sum(core.recent)
+        why = str(skip) if skip is not None else 'skipped ticks'
+        message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
+    by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
+    values = [
+        ('Target frequency (Hz)', _number(settings.rate_hz)),
+        ('Actual frequency (Hz)', _number(core.action_rate.rate_hz(now_ns))),
+        *_window('sensor to action', statistics.sensor_to_action, (50, 95, 99)),
+        ('ticks', str(counters.ticks)),
+        ('actions', str(counters.actions)),
+        ('skipped', str(sum(counters.skips.values()))),
+        ('skipped by reason', by_reason or 'none'),
+        ('reused images', str(counters.reused_images)),
+        ('clock jumps', str(counters.clock_jumps)),
+        ('topic', topic),
+        ('dry run', str(settings.dry_run).lower()),
+    ]
+    return Status('Action', level, message, tuple(values))
+
+
+def model_status(facts: Mapping[str, str], settings: NodeSettings, prompt: str) -> Status:
+    """Say what was loaded; ``facts`` come from the policy."""
+    values = (
+        *facts.items(),
+        ('seed', str(settings.seed)),
+        ('Euler steps', str(settings.num_steps)),
+        ('task', prompt or 'none'),
+    )
+    return Status('Model', OK, facts.get('checkpoint', 'loaded'), values)
+
+
+def _worst(problems: list[tuple[int, str]], fine: str) -> tuple[int, str]:
+    """Return the highest level, and every problem in one line, the worst first."""
+    if not problems:
+        return OK, fine
+    ordered = sorted(problems, key=lambda problem: -problem[0])
+    return ordered[0][0], '; '.join(text for _, text in ordered)
+
+
+def _window(name: str, window: Window, percents: tuple[int, ...]) -> list[tuple[str, str]]:
+    values = [(f'{name} last (ms)', _number(window.last, 2))]
+    for percent in percents:
+        values.append((f'{name} p{percent} (ms)', _number(window.percentile(percent), 2)))
+    return values
+
+
+def _number(value: float, decimals: int = 1) -> str:
+    return f'{value:.{decimals}f}' if math.isfinite(value) else UNKNOWN
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+def _size(size_px: tuple[int, int] | None) -> str:
+    return UNKNOWN if size_px is None else f'{size_px[1]}x{size_px[0]}'

@@ -1,0 +1,156 @@
+"""The node ``pi05_policy``: newest observation in, action out, on every control tick.
+
+Wiring only. The way of the data is :meth:`.ros.session.Session.tick`: ``ros/subscriptions.py``
+takes the newest messages, ``control/core.py`` decides and calls the policy, ``ros/outputs.py``
+publishes. This file ties it to lifecycle, parameters, the tick timer and the diagnostics.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rclpy.timer import Timer
+
+from pi05_ros.control import status
+from pi05_ros.control.clock import ClockWatch
+from pi05_ros.control.loading import check_settings, load
+from pi05_ros.control.parameter_file import NODE_NAME
+from pi05_ros.control.parameters import NodeSettings
+from pi05_ros.control.reasons import Skip
+from pi05_ros.ros.bridge import RosLogHandler, environment, hardware_id
+from pi05_ros.ros.diagnostics import DiagnosticsPublisher
+from pi05_ros.ros.lifecycle import ManagedNode
+from pi05_ros.ros.outputs import check_carries
+from pi05_ros.ros.parameters import NodeParameters
+from pi05_ros.ros.run import run
+from pi05_ros.ros.session import LoadPolicy, Session
+from pi05_ros.ros.signals import StopSignal
+
+
+class PolicyNode(ManagedNode):
+    """Runs one policy on one robot.
+
+    Args:
+        stop: breaks off a configure that is under way.
+        load_policy: loads the policy for the settings and the cameras' (height, width).
+        options: passed on to :class:`rclpy.lifecycle.LifecycleNode`.
+    """
+
+    def __init__(
+        self,
+        stop: StopSignal | None = None,
+        load_policy: LoadPolicy = load,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            NODE_NAME, stop, automatically_declare_parameters_from_overrides=True, **options
+        )
+        self._load_policy = load_policy
+        self._session: Session | None = None
+        self._tick_timer: Timer | None = None
+        self._last_skip: Skip | None = None
+        self._progress = ''
+        self._clock_watch = ClockWatch()
+        self._environment = environment(self)
+        self._log_handler = RosLogHandler(self.get_logger())
+        logging.getLogger('pi05_ros').addHandler(self._log_handler)
+        self._node_parameters = NodeParameters(self, self._change_settings)
+        self._diagnostics = DiagnosticsPublisher(self, self._statuses)
+
+    def destroy_node(self) -> None:
+        """Free the node; its logger is gone afterwards."""
+        logging.getLogger('pi05_ros').removeHandler(self._log_handler)
+        super().destroy_node()
+
+    def _setup(self) -> None:
+        settings = self._node_parameters.settings()
+        self._report_progress('checking the files')
+        robot = check_settings(settings)
+        check_carries(settings.action_interface, robot)
+        self._session = Session(self, settings, robot)
+        self._session.open(self._load_policy, self._report_progress)
+        assert self._session.running is not None
+        self._diagnostics.hardware_id = hardware_id(self._session.running.policy.info.device)
+
+    def _arm(self) -> None:
+        assert self._session is not None
+        self._session.start()
+        self._last_skip = None
+        # On the ROS clock, so that the ticks of a simulation or a bag follow /clock.
+        self._tick_timer = self.create_timer(self._session.settings.period_ns / 1e9, self._tick)
+
+    def _disarm(self) -> None:
+        if self._tick_timer is not None:
+            self.destroy_timer(self._tick_timer)
+            self._tick_timer = None
+
+    def _teardown(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _tick(self) -> None:
+        session = self._session
+        if session is None or session.running is None:
+            return  # the timer fired once more while the node failed
+        core = session.running.core
+        health = core.health
+        result = session.tick()
+        self._log_change(result.skip)
+        if result.error is not None:
+            self.fail(result.error)
+        elif core.health != health:
+            self._diagnostics.publish()
+
+    def _log_change(self, skip: Skip | None) -> None:
+        """Log when ticks begin to be skipped, for another reason, and when they act again."""
+        before, self._last_skip = self._last_skip, skip
+        if skip is None and before is not None:
+            self.get_logger().info(f'acting again after {before.reason}')
+        elif skip is not None and (
+            before is None or (skip.reason, skip.input_name) != (before.reason, before.input_name)
+        ):
+            self.get_logger().warning(f'no action: {skip}')
+
+    def _change_settings(self, settings: NodeSettings) -> None:
+        if self._session is not None:
+            self._session.update(settings)
+
+    def _report_progress(self, what: str) -> None:
+        self._progress = what
+        self.get_logger().info(f'configure: {what}')
+        self._diagnostics.publish()
+
+    def _state_changed(self) -> None:
+        self._diagnostics.publish()
+
+    def _statuses(self) -> list[status.Status]:
+        """Return every status; the parts that do not exist yet say so."""
+        statuses = [status.lifecycle_status(self._lifecycle_view())]
+        if self._session is None:
+            return statuses + [status.not_configured(part) for part in status.CONFIGURED_PARTS]
+        return statuses + self._session.statuses(self.lifecycle_state == 'active')
+
+    def _lifecycle_view(self) -> status.LifecycleView:
+        now_ns = self.get_clock().now().nanoseconds
+        simulated = bool(self.get_parameter('use_sim_time').value)
+        return status.LifecycleView(
+            state=self.lifecycle_state,
+            progress=self._progress if self.lifecycle_state == 'configuring' else '',
+            last_error=self.last_error,
+            clock='simulated' if simulated else 'system',
+            clock_stopped=self._clock_watch.is_stopped(now_ns, time.monotonic_ns()),
+            environment=self._environment,
+        )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until it is stopped; the exit code is 0 then."""
+    return run(PolicyNode, args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Actions onto the wire: which message can carry what the robot file says, and the encoders."""
+
+from __future__ import annotations
+
+import array
+from dataclasses import dataclass
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from rclpy.lifecycle import LifecycleNode
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+import pi05_ros.msg as msg
+from pi05_ros.model.errors import Pi05Error
+from pi05_ros.policy.robot import ActionDim, RobotSpec
+from pi05_ros.policy.types import ActionChunk
+
+# A late action must not queue behind a later one.
+ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+NS_PER_S = 1_000_000_000
+
+_POSITION_KINDS = ('joint_position', 'gripper_position')
+_CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
+
+
+class OutputError(Pi05Error):
+    """The chosen message cannot carry the robot's actions."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an action chunk says of its origin, beside what changes with every tick."""
+
+    checkpoint_sha256: str
+    backend: str
+    precision: str
+    units: tuple[str, ...]
+
+
+def check_carries(interface: str, robot: RobotSpec) -> None:
+    """Refuse an interface that would lose or misstate what an action dimension means.
+
+    Args:
+        interface: the parameter ``action_interface``.
+    Raises:
+        OutputError: names the dimensions and what would carry them.
+    """
+    if interface == 'action_chunk':
+        return
+    if interface == 'joint_trajectory':
+        wanted, unfit = 'joint positions', _not_positions(robot)
+    else:
+        wanted = 'positions (or velocities) of joints, all of one kind'
+        unfit = min((_not_positions(robot), _not_velocities(robot)), key=len)
+    if unfit:
+        raise OutputError(
+            f'action_interface {interface} carries {wanted} in SI units, but robot {robot.name} '
+            f'has {", ".join(unfit)}; use action_interface action_chunk'
+        )
+
+
+def _not_positions(robot: RobotSpec) -> list[str]:
+    return [_describe(dim) for dim in robot.actions if not _is(dim, _POSITION_KINDS)]
+
+
+def _not_velocities(robot: RobotSpec) -> list[str]:
+    return [_describe(dim) for dim in robot.actions if not _is(dim, ('joint_velocity',))]
+
+
+def _is(dim: ActionDim, kinds: tuple[str, ...]) -> bool:
+    return dim.kind in kinds and dim.joint is not None and dim.unit in _CONTROLLER_UNITS
+
+
+def _describe(dim: ActionDim) -> str:
+    return f'{dim.name} ({dim.kind} [{dim.unit}])'
+
+
+def time_message(stamp_ns: int) -> Time:
+    """Return nanoseconds as a builtin_interfaces/Time."""
+    sec, nanosec = divmod(stamp_ns, NS_PER_S)
+    return Time(sec=sec, nanosec=nanosec)
+
+
+def duration_message(duration_ns: int) -> Duration:
+    """Return nanoseconds as a builtin_interfaces/Duration."""
+    sec, nanosec = divmod(duration_ns, NS_PER_S)
+    return Duration(sec=sec, nanosec=nanosec)
+
+
+def trajectory_message(chunk: ActionChunk, joints: tuple[str, ...]) -> JointTrajectory:
+    """Encode every row, stamped with the oldest observation.
+
+    A joint_trajectory_controller drops the points that lie in the past, which makes up for the
+    time of the inference. Row i is due ``i * step_s`` after the stamp.
+    """
+    message = JointTrajectory(joint_names=list(joints))
+    message.header.stamp = time_message(chunk.stamp_ns)
+    step_ns = round(chunk.step_s * NS_PER_S)
+    message.points = [
+        JointTrajectoryPoint(positions=row.tolist(), time_from_start=duration_message(i * step_ns))
+        for i, row in enumerate(chunk.actions)
+    ]
+    return message
+
+
+def command_message(chunk: ActionChunk) -> Float64MultiArray:
+    """Encode the first row only."""
+    first = np.ascontiguousarray(chunk.actions[0], dtype=np.float64)
+    return Float64MultiArray(data=array.array('d', first.tobytes()))
+
+
+def chunk_message(chunk: ActionChunk, origin: Provenance, dry_run: bool) -> msg.ActionChunk:
+    """Encode everything that is needed to recompute the chunk."""
+    actions = np.ascontiguousarray(chunk.actions, dtype=np.float32)
+    message = msg.ActionChunk(
+        tick=chunk.tick,
+        dry_run=dry_run,
+        names=list(chunk.names),
+        units=list(origin.units),
+        step_dt=duration_message(round(chunk.step_s * NS_PER_S)),
+        horizon=actions.shape[0],
+        actions=array.array('f', actions.tobytes()),
+        input_names=list(chunk.stamps_ns),
+        input_stamps=[time_message(stamp) for stamp in chunk.stamps_ns.values()],
+        prompt=chunk.prompt,
+        seed=chunk.seed,
+        num_steps=chunk.num_steps,
+        checkpoint_sha256=origin.checkpoint_sha256,
+        backend=origin.backend,
+        precision=origin.precision,
+    )
+    message.header.stamp = time_message(chunk.stamp_ns)
+    return message
+
+
+class ActionOutput:
+    """Publishes chunks on the one chosen interface, or on the dry-run topic.
+
+    The publishers are managed ones: what is published while the node is not active is dropped.
+
+    Args:
+        interface: the parameter ``action_interface``.
+        dry_run: publish on ``~/dry_run/action_chunk`` and nowhere else.
+    Raises:
+        OutputError: the interface cannot carry the robot's actions, in a dry run, too.
+    """
+
+    def __init__(
+        self,
+        node: LifecycleNode,
+        robot: RobotSpec,
+        interface: str,
+        origin: Provenance,
+        dry_run: bool,
+    ) -> None:
+        check_carries(interface, robot)
+        self._node = node
+        self._origin = origin
+        self._interface = 'dry_run' if dry_run else interface
+        self._joints = tuple(joint for joint in robot.action_joints if joint is not None)
+        kind, topic = {
+            'dry_run': (msg.ActionChunk, '~/dry_run/action_chunk'),
+            'action_chunk': (msg.ActionChunk, '~/action_chunk'),
+            'joint_trajectory': (JointTrajectory, 'joint_trajectory'),
+            'forward_command': (Float64MultiArray, 'commands'),
+        }[self._interface]
+        self._publisher = node.create_lifecycle_publisher(kind, topic, ACTION_QOS)
+
+    @property
+    def topic(self) -> str:
+        """Where the actions go, after namespace and remapping."""
+        return self._publisher.topic_name
+
+    def publish(self, chunk: ActionChunk) -> None:
+        """Encode the whole chunk, then send it: a failure in between sends nothing."""
+        self._publisher.publish(self._encode(chunk))
+
+    def destroy(self) -> None:
+        """Remove the publisher."""
+        self._node.destroy_lifecycle_publisher(self._publisher)
+
+    def _encode(self, chunk: ActionChunk) -> JointTrajectory | Float64MultiArray | msg.ActionChunk:
+        if self._interface == 'joint_trajectory':
+            return trajectory_message(chunk, self._joints)
+        if self._interface == 'forward_command':
+            return command_message(chunk)
+        return chunk_message(chunk, self._origin, dry_run=self._interface == 'dry_run')

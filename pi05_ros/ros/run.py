@@ -1,0 +1,45 @@
+"""The main loop of a node's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
+
+from .lifecycle import ManagedNode
+from .signals import StopSignal
+
+SPIN_S = 0.1
+
+
+def run(make_node: Callable[[StopSignal], ManagedNode], args: Sequence[str] | None = None) -> int:
+    """Spin one node until SIGINT or SIGTERM, then take it down step by step.
+
+    Args:
+        args: command line with ``--ros-args``; None takes the process's.
+    Returns: the exit code.
+    """
+    stop = StopSignal()
+    stop.install()
+    # rclpy's handlers would shut the context down before a last command could be published.
+    rclpy.init(
+        args=None if args is None else list(args),
+        signal_handler_options=SignalHandlerOptions.NO,
+    )
+    try:
+        node = make_node(stop)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        try:
+            while rclpy.ok() and not stop.requested:
+                executor.spin_once(timeout_sec=SPIN_S)
+        except ExternalShutdownException:
+            node.get_logger().info('the ROS context was shut down')
+        finally:
+            node.close()
+            executor.shutdown()
+    finally:
+        rclpy.try_shutdown()
+    return 0

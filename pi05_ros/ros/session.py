@@ -1,0 +1,192 @@
+"""Everything that exists while the node is configured: inputs, policy, control core, outputs."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rclpy.lifecycle import LifecycleNode
+
+from pi05_ros.control import status
+from pi05_ros.control.core import ControlCore, TickResult
+from pi05_ros.control.gates import NS_PER_MS
+from pi05_ros.control.inputs import Inputs
+from pi05_ros.control.loading import WARM_UP_PROMPT, warm_up
+from pi05_ros.control.parameters import NodeSettings
+from pi05_ros.control.reasons import InputFault, Reason, Skip
+from pi05_ros.control.statistics import TickStatistics
+from pi05_ros.policy.robot import RobotSpec
+from pi05_ros.policy.types import ActionChunk, Observation
+
+from .bridge import foreign_decoder
+from .outputs import ActionOutput, Provenance
+from .subscriptions import InputSubscriptions
+from .timing import TimingOutput
+
+if TYPE_CHECKING:
+    from pi05_ros.policy.policy import Policy
+
+LoadPolicy = Callable[[NodeSettings, Mapping[str, tuple[int, int]]], 'Policy']
+
+
+@dataclass(frozen=True)
+class Running:
+    """The part of a session that needs the loaded model."""
+
+    policy: Policy
+    core: ControlCore
+    output: ActionOutput
+    timing: TimingOutput
+
+
+class Session:
+    """One configuration of the node, from the first subscription to the last free.
+
+    Args:
+        node: owner of the subscriptions and publishers.
+        robot: has been checked against the settings.
+    Attributes:
+        running: None until :meth:`open` has finished.
+    """
+
+    def __init__(self, node: LifecycleNode, settings: NodeSettings, robot: RobotSpec) -> None:
+        self.settings = settings
+        self.robot = robot
+        self.running: Running | None = None
+        self.statistics = TickStatistics()
+        self._node = node
+        self._policy: Policy | None = None
+        self._inputs = Inputs(robot, settings, foreign_decoder())
+        self._feeds = InputSubscriptions(node, self._inputs.topics, self._inputs.push)
+
+    def open(self, load_policy: LoadPolicy, report: Callable[[str], None]) -> None:
+        """Wait for the inputs, load the policy for their sizes, warm it up, make the outputs.
+
+        Args:
+            report: told of every step that can take long.
+        Raises:
+            Pi05Error: an input does not come, or the policy cannot be loaded or does not act.
+                What exists until then is freed by :meth:`close`.
+        """
+        node, settings = self._node, self.settings
+        observation = self._first_observation(report)
+        report('loading the model')
+        self._policy = policy = load_policy(settings, self._inputs.fix_sizes())
+        report('warming up')
+        act_ms = warm_up(policy, observation, settings)
+        node.get_logger().info(f'{settings.checkpoint} is warm: {act_ms:.1f} ms per inference')
+        backend = '/'.join(dict.fromkeys(policy.info.stage_backends.values()))
+        origin = Provenance(
+            policy.info.checkpoint_sha256, backend, policy.info.precision, self.robot.action_units
+        )
+        self.running = Running(
+            policy,
+            ControlCore(self._inputs, policy, settings),
+            ActionOutput(node, self.robot, settings.action_interface, origin, settings.dry_run),
+            TimingOutput(node, backend),
+        )
+
+    def close(self) -> None:
+        """Free everything, the device memory, too; works on a session that is half open."""
+        self._feeds.destroy()
+        if self.running is not None:
+            self.running.output.destroy()
+            self.running.timing.destroy()
+        if self._policy is not None:
+            self._policy.close()
+        self.running = self._policy = None
+        gc.collect()  # models hold reference cycles; their memory is to be free now
+
+    def start(self) -> None:
+        """Count ticks and times from zero."""
+        self._running().core.start()
+        self.statistics = TickStatistics()
+
+    def update(self, settings: NodeSettings) -> None:
+        """Take settings that changed while the node runs."""
+        self.settings = settings
+        if self.running is not None:
+            self.running.core.update(settings)
+
+    def tick(self) -> TickResult:
+        """Take the newest inputs, decide, act, publish."""
+        began_ns = time.perf_counter_ns()
+        running = self._running()
+        now_ns = self._node.get_clock().now().nanoseconds
+        running.core.advance(now_ns)
+        self._feeds.poll()
+        result = running.core.tick(now_ns)
+        if result.chunk is not None:
+            running.output.publish(result.chunk)
+            tick_ms = (time.perf_counter_ns() - began_ns) / NS_PER_MS
+            self._record(result.chunk, tick_ms, result.observation_age_ms + tick_ms)
+        return result
+
+    def statuses(self, is_active: bool) -> list[status.Status]:
+        """Return what there is to say about inputs, pipeline, actions and model."""
+        inputs, settings = self._inputs, self.settings
+        if self.running is not None and not is_active:
+            # No tick looks at the inputs now, and who is about to activate wants to see them.
+            self._feeds.poll()
+            inputs.observation(settings.stamp_source)
+        now_ns = self._node.get_clock().now().nanoseconds
+        feeds = self._feeds.by_name.items()
+        lost = {name: feed.lost for name, feed in feeds}
+        faults = {name: feed.qos_fault for name, feed in feeds if feed.qos_fault}
+        of_inputs = status.inputs_status(inputs, settings, now_ns, lost, faults)
+        if self.running is None:
+            return [of_inputs, *map(status.not_configured, status.MODEL_PARTS)]
+        info, core = self.running.policy.info, self.running.core
+        topic = self.running.output.topic
+        return [
+            of_inputs,
+            status.pipeline_status(self.statistics, settings, info.stage_backends),
+            status.action_status(core, self.statistics, topic, is_active, now_ns),
+            status.model_status(info.as_dict(), settings, inputs.prompt.text),
+        ]
+
+    def _running(self) -> Running:
+        assert self.running is not None, 'the session is not open'
+        return self.running
+
+    def _record(self, chunk: ActionChunk, tick_ms: float, sensor_to_action_ms: float) -> None:
+        # The age is taken at the start of the tick and the host's time added: a simulated ROS
+        # clock stands still while the tick runs.
+        self._running().timing.publish(chunk, tick_ms, sensor_to_action_ms)
+        self.statistics.record(chunk, tick_ms, sensor_to_action_ms)
+
+    def _first_observation(self, report: Callable[[str], None]) -> Observation:
+        """Wait for one usable message of every sensor: it tells the image sizes.
+
+        Raises:
+            InputFault: names the inputs that did not come, or cannot be used, and why.
+        """
+        inputs, settings = self._inputs, self.settings
+        topics = ', '.join(self._feeds.by_name[name].resolved_topic for name in inputs.sensors)
+        report(f'waiting up to {settings.input_timeout_s:g} s for {topics}')
+        newest: Observation | Skip = Skip(Reason.MISSING_INPUT, '', '')
+
+        def is_complete() -> bool:
+            nonlocal newest
+            prompt = inputs.prompt.text.strip() or WARM_UP_PROMPT
+            newest = inputs.missing() or inputs.observation(settings.stamp_source, prompt)
+            return isinstance(newest, Observation)
+
+        self._feeds.wait(is_complete, settings.input_timeout_s)
+        if isinstance(newest, Skip):
+            raise self._explain(newest)
+        return newest
+
+    def _explain(self, skip: Skip) -> InputFault:
+        if skip.reason is not Reason.MISSING_INPUT:
+            return InputFault(skip.reason, skip.detail)
+        reasons = [
+            f'{slot.title}: {self._feeds.explain(name)}'
+            for name, slot in self._inputs.sensors.items()
+            if slot.is_empty
+        ]
+        waited_s = self.settings.input_timeout_s
+        return InputFault(skip.reason, f'nothing came in {waited_s:g} s of {"; ".join(reasons)}')

@@ -1,0 +1,287 @@
+"""Newest-at-tick inputs: the tick asks the middleware for what is newest, nothing is queued.
+
+A callback that stores the image for a timer to use would hand a synchronous policy an old one:
+the executor serves timers before subscriptions, so after a long inference the next tick runs
+before the callback that holds the newest image. Here the executor never serves the input
+subscriptions (their callback group says no), and :meth:`InputSubscriptions.poll` takes the newest
+message itself. An executor that ignores callback groups calls the callback instead; it keeps the
+message where the poll looks, so both work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from geometry_msgs.msg import PoseStamped
+from rclpy.callback_groups import CallbackGroup
+from rclpy.clock import ROSClock
+from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
+from rclpy.node import Node
+from rclpy.qos import (
+    DurabilityPolicy,
+    QoSCompatibility,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_check_compatible,
+)
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
+
+from pi05_ros.control.topics import InputTopic
+
+MESSAGE_TYPES: dict[str, type] = {
+    'sensor_msgs/msg/Image': Image,
+    'sensor_msgs/msg/CompressedImage': CompressedImage,
+    'sensor_msgs/msg/JointState': JointState,
+    'geometry_msgs/msg/PoseStamped': PoseStamped,
+    'std_msgs/msg/String': String,
+}
+# Raw CDR, and the middleware's message info.
+Taken = tuple[bytes, Mapping[str, Any]]
+# A sender that is faster than this loop must not hold up the tick.
+MAX_TAKES = 16
+
+
+class Push(Protocol):
+    """Where a message goes: :meth:`pi05_ros.control.inputs.Inputs.push`."""
+
+    def __call__(
+        self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None
+    ) -> None:
+        """Take one raw message."""
+
+
+class PolledGroup(CallbackGroup):
+    """A callback group that the executor never serves: its entities are polled."""
+
+    def can_execute(self, entity: Any) -> bool:
+        """Refuse, so that the executor leaves the entity out of its wait set."""
+        return False
+
+    def beginning_execution(self, entity: Any) -> bool:
+        """Refuse, as :meth:`can_execute`."""
+        return False
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: nothing was executed."""
+
+
+class PolledSubscription:
+    """One raw subscription of depth 1 that is asked for its newest message.
+
+    Attributes:
+        lost: messages that the middleware lost on the way; None where it cannot tell.
+    """
+
+    def __init__(self, node: Node, topic: InputTopic, group: CallbackGroup) -> None:
+        self.topic = topic
+        self.lost: int | None = 0
+        self._node = node
+        self._delivered: Taken | None = None
+        self._mismatched = False
+        self._publisher: Any = None
+        self._sequence_offset = 0
+        self._sequence = 0
+        # rclpy's types know only callbacks of deserialised messages.
+        deliver: Any = self._deliver
+        self._subscription: Subscription = node.create_subscription(
+            MESSAGE_TYPES[topic.type_name],
+            topic.topic,
+            deliver,
+            input_qos(topic),
+            callback_group=group,
+            event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
+            raw=True,
+        )
+        self._events = self._listen_to_events()
+
+    @property
+    def resolved_topic(self) -> str:
+        """The topic's name after namespace and remapping."""
+        return self._subscription.topic_name
+
+    @property
+    def qos_fault(self) -> str:
+        """Why a publisher does not match, and what to change; empty while all match."""
+        if not self._mismatched:
+            return ''
+        return explain_publishers(self._node, self.topic, self.resolved_topic)
+
+    def poll(self) -> Taken | None:
+        """Take the newest message (raw CDR and the middleware's message info), if one came."""
+        newest, self._delivered = self._delivered, None
+        subscription = self._subscription
+        with subscription.handle:
+            for _ in range(MAX_TAKES):
+                taken = subscription.handle.take_message(subscription.msg_type, True)
+                if taken is None:
+                    break
+                newest = taken
+        if newest is not None:
+            self._mismatched = False
+        return newest
+
+    def sequence_of(self, info: Mapping[str, Any]) -> int | None:
+        """Return a count of the publisher's messages that goes on when the publisher changes."""
+        sequence = info.get('publication_sequence_number')
+        if sequence is None:
+            return None
+        publisher = info.get('publisher_gid')
+        if publisher != self._publisher:
+            self._publisher = publisher
+            self._sequence_offset = self._sequence + 1 - sequence
+        self._sequence = sequence + self._sequence_offset
+        return self._sequence
+
+    def destroy(self) -> None:
+        """Unsubscribe."""
+        for event in self._events:
+            self._node.remove_waitable(event)
+            event.destroy()
+        self._events = []
+        self._node.destroy_subscription(self._subscription)
+
+    def _deliver(self, raw: bytes, info: Mapping[str, Any]) -> None:
+        self._delivered = (raw, info)
+
+    def _listen_to_events(self) -> list:
+        """Serve the events through the default group: the polled one would never call them."""
+        handlers = []
+        for event in (
+            SubscriptionEventCallbacks(
+                incompatible_qos=self._on_mismatch, use_default_callbacks=False
+            ),
+            SubscriptionEventCallbacks(message_lost=self._on_lost, use_default_callbacks=False),
+        ):
+            try:
+                created = event.create_event_handlers(
+                    self._node.default_callback_group,
+                    self._subscription.handle,
+                    self._subscription.topic_name,
+                )
+            except UnsupportedEventTypeError:
+                self.lost = None  # only the count of lost messages is not known everywhere
+                continue
+            handlers += created
+        for handler in handlers:
+            self._node.add_waitable(handler)
+        return handlers
+
+    def _on_mismatch(self, info: Any) -> None:
+        self._mismatched = True
+        self._node.get_logger().error(self.qos_fault)
+
+    def _on_lost(self, info: Any) -> None:
+        self.lost = info.total_count
+
+
+class InputSubscriptions:
+    """All inputs of the robot: what :meth:`poll` takes goes into ``push`` at once."""
+
+    def __init__(self, node: Node, topics: tuple[InputTopic, ...], push: Push) -> None:
+        self._node = node
+        self._push = push
+        group = PolledGroup()
+        self.by_name: dict[str, PolledSubscription] = {}
+        for topic in topics:
+            self.by_name[topic.name] = PolledSubscription(node, topic, group)
+
+    def poll(self) -> None:
+        """Push the newest message of every input that has a new one."""
+        for name, subscription in self.by_name.items():
+            taken = subscription.poll()
+            if taken is not None:
+                raw, info = taken
+                sequence = subscription.sequence_of(info)
+                self._push(name, raw, self._receive_ns(info), sequence)
+
+    def wait(
+        self,
+        is_complete: Callable[[], bool],
+        timeout_s: float,
+        poll_interval_s: float = 0.01,
+    ) -> bool:
+        """Poll until ``is_complete``, on the steady clock: the ROS clock may stand still.
+
+        The executor does not run meanwhile, as a transition is one of its callbacks; the
+        middleware receives in threads of its own.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.poll()
+            if is_complete():
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(poll_interval_s)
+
+    def explain(self, name: str) -> str:
+        """Say why nothing comes on an input, from what the graph knows."""
+        subscription = self.by_name[name]
+        return explain_publishers(self._node, subscription.topic, subscription.resolved_topic)
+
+    def destroy(self) -> None:
+        """Unsubscribe from everything."""
+        for subscription in self.by_name.values():
+            subscription.destroy()
+        self.by_name.clear()
+
+    def _receive_ns(self, info: Mapping[str, Any]) -> int:
+        """Return when the message arrived, on the ROS clock.
+
+        The middleware notes it in wall time; it is carried over to the ROS clock by how long ago
+        it was. A simulated clock has no such relation, there it is the time of the poll.
+        """
+        clock = self._node.get_clock()
+        now_ns = clock.now().nanoseconds
+        received_ns = info.get('received_timestamp') or 0
+        is_simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
+        if received_ns == 0 or is_simulated:
+            return now_ns
+        return now_ns - max(0, time.time_ns() - received_ns)
+
+
+def input_qos(topic: InputTopic) -> QoSProfile:
+    """Return the newest-only profile of an input."""
+    reliable = topic.reliability == 'reliable'
+    return QoSProfile(
+        depth=1,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=(
+            DurabilityPolicy.TRANSIENT_LOCAL if topic.latched else DurabilityPolicy.VOLATILE
+        ),
+    )
+
+
+def explain_publishers(node: Node, topic: InputTopic, resolved: str) -> str:
+    """Say who publishes on a topic and why that does not reach this node, with the remedy."""
+    publishers = node.get_publishers_info_by_topic(resolved)
+    if not publishers:
+        domain = node.context.get_domain_id()
+        return f'nobody publishes on {resolved} (ROS_DOMAIN_ID {domain}); start it, or remap'
+    wanted = input_qos(topic)
+    for publisher in publishers:
+        who = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+        if publisher.topic_type != topic.type_name:
+            return f'{who} publishes {publisher.topic_type} on {resolved}, not {topic.type_name}'
+        verdict, _ = qos_check_compatible(publisher.qos_profile, wanted)
+        if verdict == QoSCompatibility.ERROR:
+            return f'{who} publishes {resolved} with other QoS: {_qos_remedy(topic, publisher)}'
+    return f'{len(publishers)} publisher(s) on {resolved} match but send nothing'
+
+
+def _qos_remedy(topic: InputTopic, publisher: Any) -> str:
+    offered = publisher.qos_profile
+    if topic.reliability == 'reliable' and offered.reliability == ReliabilityPolicy.BEST_EFFORT:
+        if topic.latched:
+            return 'it offers best_effort; publish it reliable and transient_local'
+        return f'it offers best_effort; set cameras.{topic.name}.reliability: best_effort'
+    if topic.latched and offered.durability == DurabilityPolicy.VOLATILE:
+        return (
+            'it offers volatile; publish it latched '
+            '(ros2 topic pub --qos-durability transient_local --qos-reliability reliable)'
+        )
+    return f'it offers {offered}'
