@@ -68,6 +68,7 @@ def load_policy(options: PolicyOptions) -> Policy:
         max_tokens=config.max_prompt_tokens,
         vocab_size=config.vocab_size,
     )
+    tokenizer.check_state_dim(robot.state_dim if robot.discrete_state else None)
     pipeline = build_pipeline(
         checkpoint,
         pipeline_shape(options, robot, config),

@@ -184,7 +184,8 @@ class Policy:
                 f'{", ".join(self.robot.state_names)}',
             )
         self._check_state(state, state)
-        values = state_to_policy(self.robot, state)
+        with np.errstate(over='ignore'):  # an overflow is found below, by name
+            values = state_to_policy(self.robot, state)
         self._check_state(values, state)
         return values
 
@@ -192,7 +193,8 @@ class Policy:
         """Return the normalised state for the prompt, or None where it does not belong there."""
         if not self.robot.discrete_state or self.stats.state is None:
             return None
-        normalized = self.stats.state.normalize(state)
+        with np.errstate(over='ignore'):
+            normalized = self.stats.state.normalize(state)
         self._check_state(normalized, state)
         return normalized
 
@@ -201,7 +203,7 @@ class Policy:
         if bad.size:
             i = int(bad[0])
             raise PolicyError(
-                'joint_not_finite',
+                'state_not_finite',
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
                 'expected a finite number',
             )

@@ -172,7 +172,9 @@ def _pair(entry: Mapping[str, Any], mode: NormMode, where: str) -> tuple[np.ndar
             f'{names[0]} {low[i]:g}' if mode == 'quantile' else '0'
         )
         raise NormError(f'{where}: dimension {i}: {relation}; the statistics are damaged')
-    if not np.isfinite(high - low).all():
+    with np.errstate(over='ignore'):
+        width = high - low
+    if not np.isfinite(width).all():
         raise NormError(f'{where}: {names[1]} - {names[0]} overflows; the statistics are damaged')
     return low, high
 

@@ -100,6 +100,23 @@ class PromptTokenizer:
         if self._pieces.bos_id() < 0:
             raise TokenizerError(f'{path} has no begin-of-sequence token; {WHERE_TO_GET_IT}')
 
+    def check_state_dim(self, state_dim: int | None) -> None:
+        """Refuse a robot for which even the shortest text could not be encoded.
+
+        Args:
+            state_dim: numbers of the state in the prompt; None for the π0 form.
+        Raises:
+            TokenizerError: the state alone fills the prompt, or a newline has no token.
+        """
+        state = None if state_dim is None else np.ones(state_dim)  # the longest integers
+        try:
+            self.encode('a', state)
+        except PromptError as error:
+            raise TokenizerError(
+                f'{self.info.path}: a state of {state_dim} numbers leaves no room for a task: '
+                f'{error}'
+            ) from error
+
     def encode(self, prompt: str, state: np.ndarray | None) -> np.ndarray:
         """Return the token ids (T,) int64 of one prompt, without padding.
 
@@ -115,6 +132,7 @@ class PromptTokenizer:
                 f'the prompt has {len(prompt)} characters, limit {MAX_PROMPT_CHARACTERS}',
             )
         text = clean_prompt(prompt)
+        _check_unicode(text)
         if not text.strip():
             raise PromptError('missing_input', f'the prompt is empty: {prompt!r}')
         if state is None:
@@ -131,12 +149,7 @@ class PromptTokenizer:
         return np.asarray(ids, dtype=np.int64)
 
     def _encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        try:
-            return list(self._pieces.encode(text, add_bos=add_bos))
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                'malformed_message', f'the prompt is not valid Unicode: {error.reason}'
-            ) from None
+        return list(self._pieces.encode(text, add_bos=add_bos))
 
     def _newline(self) -> list[int]:
         ids = self._encode('\n')
@@ -146,6 +159,15 @@ class PromptTokenizer:
                 f'discrete_state is false; {WHERE_TO_GET_IT}'
             )
         return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            'malformed_message', f'the prompt is not valid Unicode: {error.reason}'
+        ) from None
 
 
 def _read(path: Path) -> bytes:
