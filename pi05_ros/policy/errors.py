@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pi05_ros.model.errors import Pi05Error
+
+# Counted by name in the diagnostics; every one is also a reason of the control tick.
+PolicyReason = Literal[
+    'missing_input',
+    'malformed_message',
+    'bad_image_size',
+    'joint_missing',
+    'state_not_finite',
+    'prompt_too_long',
+    'action_not_finite',
+]
 
 
 class RobotError(Pi05Error):
@@ -21,13 +34,13 @@ class PolicyError(Pi05Error):
     """One call of the policy was refused; the next one may succeed.
 
     Args:
-        reason: a stable name that is counted in the diagnostics, such as ``state_not_finite``.
+        reason: a stable name.
         message: what was found, what was expected.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: PolicyReason, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason: PolicyReason = reason
 
 
 class PromptError(PolicyError):

@@ -110,10 +110,11 @@ def pipeline_shape(options: PolicyOptions, robot: RobotSpec, config: Pi05Config)
             f'robot {robot.name} has the cameras {", ".join(robot.camera_names)}, '
             f'but image sizes are given for: {", ".join(sorted(sizes)) or "none"}'
         )
+    default_horizon = robot.action_horizon or config.action_horizon
     return PipelineShape(
         view_sizes_px=tuple(sizes[name] for name in robot.camera_names),
         max_prompt_tokens=config.max_prompt_tokens,
-        horizon=options.horizon or robot.action_horizon or config.action_horizon,
+        horizon=default_horizon if options.horizon is None else options.horizon,
         num_steps=options.num_steps,
         max_steps=options.num_steps if options.max_steps is None else options.max_steps,
     )

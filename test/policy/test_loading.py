@@ -119,6 +119,12 @@ def test_horizon_of_the_options_wins_over_the_robots_over_the_checkpoints(tiny: 
     assert load_policy(replace(options(tiny), horizon=4)).pipeline.shape.horizon == 4
 
 
+@pytest.mark.parametrize('change', [{'horizon': 0}, {'num_steps': 0}, {'max_steps': 2}])
+def test_impossible_numbers_are_refused(tiny: Path, change: dict[str, int]):
+    with pytest.raises(BackendError, match=f'{next(iter(change))}'):
+        load_policy(replace(options(tiny), **change))
+
+
 def test_robot_horizon_wins_over_the_checkpoints(tiny: Path, tmp_path: Path):
     content = yaml.safe_load((robot_dir() / 'franka.yaml').read_text()) | {'action_horizon': 6}
     path = tmp_path / 'mine.yaml'

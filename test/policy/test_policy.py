@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from policy_files import FakePipeline, fake_policy
 
-from pi05_ros.policy.errors import PolicyError, PromptError
+from pi05_ros.control.reasons import Reason
+from pi05_ros.policy.errors import PolicyError, PolicyReason, PromptError
 from pi05_ros.policy.noise import noise
 from pi05_ros.policy.policy import Policy
 from pi05_ros.policy.robot import load_robot
@@ -202,6 +203,11 @@ def test_action_that_overflows_float32_is_refused(policy: Policy):
     state[0] = 1e200
     with pytest.raises(PolicyError, match='the action panda_joint1 is inf in row 0'):
         policy.act(observation(policy, state=state), tick=0, seed=0)
+
+
+def test_every_reason_is_known_to_the_control_tick():
+    """A reason that is not would be counted as a failed inference."""
+    assert set(get_args(PolicyReason)) <= {reason.value for reason in Reason}
 
 
 def test_info_says_what_runs(policy: Policy):
