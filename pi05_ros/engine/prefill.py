@@ -11,7 +11,7 @@ import torch
 from pi05_ros.model.config import Pi05Config
 
 from .kernels.prefill_attention import KEY_ROWS_MULTIPLE
-from .kernels.rope import rope_tables
+from .kernels.rope import half_tables
 from .ops import Ops
 from .weights import PrefillWeights
 
@@ -72,9 +72,7 @@ class PrefillStage:
         self.values = torch.zeros_like(self.keys)
         self.tokens = tokens
         self.num_tokens, self.num_prefix = lengths[:1], lengths[1:2]
-        self.cos, self.sin = rope_tables(
-            rows, vlm.head_dim, vlm.rope_theta, like.dtype, like.device
-        )
+        self.cos, self.sin = half_tables(vlm, rows, like.dtype, like.device)
 
     def bucket(self, num_tokens: int) -> int:
         """Return the rows of the smallest captured prefill that holds a prompt."""

@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pi05_ros.model.config import GemmaConfig
+from pi05_ros.model.gemma import rope_tables
+
 from .geglu import _row_scale, row_scale_plain
 
 
@@ -123,15 +126,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def rope_tables(
-    positions: int, dim: int, theta: float, dtype: torch.dtype, device: torch.device
+def half_tables(
+    config: GemmaConfig, positions: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, (positions, dim / 2), equal to the oracle's ``model.gemma.rope_tables``.
-
-    The frequencies are rounded to ``dtype`` too, as openpi does: with exact ones, K is off by 0.5
-    at position 967 in bfloat16.
-    """
-    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    frequencies = (1.0 / theta**exponent).to(dtype).float()
-    angles = torch.arange(positions).float()[:, None] * frequencies[None, :]
-    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
+    """Return cos and sin, (positions, D / 2), rounded exactly as the oracle rounds them."""
+    cos, sin = rope_tables(torch.arange(positions, device=device), config, dtype)
+    half = config.head_dim // 2
+    return cos[:, :half].contiguous(), sin[:, :half].contiguous()

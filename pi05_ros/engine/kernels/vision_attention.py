@@ -1,8 +1,8 @@
 """Full attention within one view, straight from the merged QKV projection.
 
 A view has few enough keys for one pass: each program keeps its whole score rows, so there is no
-running softmax. The head dimension is taken as a power of two plus a rest (72 = 64 + 8), which
-spares padded weights and copies.
+running softmax. The head dimension is padded in registers (72 to 128): the products are too small
+to matter here, and neither weights nor activations need padding in memory.
 """
 
 from __future__ import annotations
@@ -19,49 +19,33 @@ def _vision_attention_kernel(
     scale_log2,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    MAIN: tl.constexpr,  # largest power of two <= DIM
-    REST: tl.constexpr,  # columns that cover DIM - MAIN; 0: none
+    DIM_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     head = tl.program_id(1) % HEADS
-    first = (tl.program_id(1) // HEADS).to(tl.int64) * TOKENS
+    first = tl.program_id(1) // HEADS * TOKENS
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_key = tl.arange(0, KEYS_BLOCK)
-    o_main = tl.arange(0, MAIN)
-    m_row = (o_row < TOKENS)[:, None]
-    m_key = (o_key < TOKENS)[:, None]
-    p_query = p_qkv + (first + o_row)[:, None] * STRIDE + head * DIM
-    p_key = p_qkv + (first + o_key)[:, None] * STRIDE + (HEADS + head) * DIM
-    p_value = p_key + HEADS * DIM
+    o_dim = tl.arange(0, DIM_BLOCK)
+    m_dim = (o_dim < DIM)[None, :]
+    m_row = (o_row < TOKENS)[:, None] & m_dim
+    m_key = (o_key < TOKENS)[:, None] & m_dim
+    p_head = p_qkv + head * DIM + o_dim[None, :]
+    o_key_row = (first + o_key)[:, None] * STRIDE
 
-    b_q = tl.load(p_query + o_main[None, :], mask=m_row, other=0.0)
-    b_k = tl.load(p_key + o_main[None, :], mask=m_key, other=0.0)
+    b_q = tl.load(p_head + (first + o_row)[:, None] * STRIDE, mask=m_row, other=0.0)
+    b_k = tl.load(p_head + HEADS * DIM + o_key_row, mask=m_key, other=0.0)
     b_scores = tl.dot(b_q, tl.trans(b_k), input_precision='ieee')
-    if REST > 0:
-        o_rest = MAIN + tl.arange(0, REST)
-        m_rest = (o_rest < DIM)[None, :]
-        b_q = tl.load(p_query + o_rest[None, :], mask=m_row & m_rest, other=0.0)
-        b_k = tl.load(p_key + o_rest[None, :], mask=m_key & m_rest, other=0.0)
-        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision='ieee')
     b_scores = tl.where((o_key < TOKENS)[None, :], b_scores * scale_log2, -float('inf'))
     b_weights = tl.exp2(b_scores - tl.max(b_scores, axis=1)[:, None])
     b_inverse = (1.0 / tl.sum(b_weights, axis=1))[:, None]
-    b_weights = b_weights.to(p_out.dtype.element_ty)
-
-    p_row = p_out + (first + o_row)[:, None] * HEADS * DIM + head * DIM
-    b_v = tl.load(p_value + o_main[None, :], mask=m_key, other=0.0)
-    b_out = tl.dot(b_weights, b_v, input_precision='ieee') * b_inverse
-    tl.store(p_row + o_main[None, :], b_out.to(p_out.dtype.element_ty), mask=m_row)
-    if REST > 0:
-        o_rest = MAIN + tl.arange(0, REST)
-        m_rest = (o_rest < DIM)[None, :]
-        b_v = tl.load(p_value + o_rest[None, :], mask=m_key & m_rest, other=0.0)
-        b_out = tl.dot(b_weights, b_v, input_precision='ieee') * b_inverse
-        b_out = b_out.to(p_out.dtype.element_ty)
-        tl.store(p_row + o_rest[None, :], b_out, mask=m_row & m_rest)
+    b_v = tl.load(p_head + 2 * HEADS * DIM + o_key_row, mask=m_key, other=0.0)
+    b_out = tl.dot(b_weights.to(b_v.dtype), b_v, input_precision='ieee') * b_inverse
+    p_row = p_out + (first + o_row)[:, None] * (HEADS * DIM) + head * DIM + o_dim[None, :]
+    tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
 DEFAULT_LAUNCH = {'block_m': 64, 'warps': 4}
@@ -83,8 +67,6 @@ def vision_attention(
     """
     launch = launch or DEFAULT_LAUNCH
     dim = out.shape[1] // num_heads
-    main = 1 << (dim.bit_length() - 1)
-    rest = dim - main
     views = qkv.shape[0] // tokens_per_view
     grid = (triton.cdiv(tokens_per_view, launch['block_m']), views * num_heads)
     _vision_attention_kernel[grid](
@@ -93,8 +75,7 @@ def vision_attention(
         dim**-0.5 * 1.4426950408889634,  # log2(e): exp2 is one instruction
         HEADS=num_heads,
         DIM=dim,
-        MAIN=main,
-        REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
+        DIM_BLOCK=max(16, triton.next_power_of_2(dim)),
         TOKENS=tokens_per_view,
         KEYS_BLOCK=triton.next_power_of_2(tokens_per_view),
         BLOCK_M=launch['block_m'],

@@ -16,13 +16,14 @@ def draw_case(draw, device, rows, heads, dim, count):
 
 
 @pytest.mark.parametrize(
-    ('heads', 'dim', 'rows', 'count'), [(8, 32, 40, 40), (8, 32, 70, 45), (3, 16, 33, 1)],
-    ids=['full-bucket', 'padded-bucket', 'one-key'],
+    ('heads', 'dim', 'rows', 'count', 'block'),
+    [(8, 32, 40, 40, 32), (8, 32, 70, 45, 32), (3, 16, 33, 1, 32), (8, 256, 100, 90, 64)],
+    ids=['full-bucket', 'padded-bucket', 'one-key', 'full'],
 )
-def test_attention_matches_its_twin(draw, assert_matches, device, heads, dim, rows, count):
+def test_attention_matches_its_twin(draw, assert_matches, device, heads, dim, rows, count, block):
     q, keys, values, valid = draw_case(draw, device, rows, heads, dim, count)
     out, twin = torch.zeros_like(q), torch.empty_like(q)
-    launch = {'block_m': 32, 'block_n': 32, 'warps': 4, 'stages': 1}
+    launch = {'block_m': block, 'block_n': block, 'warps': 4, 'stages': 1}
     prefill_attention(q, keys, values, valid, dim**-0.5, out, launch)
     prefill_attention_plain(q, keys, values, valid, dim**-0.5, twin)
     assert_matches(out[:count], twin[:count])

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pi05_ros.engine.kernels.rope import rope_kv, rope_kv_plain, rope_tables
+from pi05_ros.engine.kernels.rope import half_tables, rope_kv, rope_kv_plain
+from pi05_ros.model.config import GemmaConfig
+
+
+def gemma(head_dim: int) -> GemmaConfig:
+    return GemmaConfig(128, 3, 256, num_heads=8, num_kv_heads=1, head_dim=head_dim)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +20,7 @@ from pi05_ros.engine.kernels.rope import rope_kv, rope_kv_plain, rope_tables
 def test_rope_matches_its_twin(draw, assert_matches, dtype, device, heads, dim, width):
     rows = 7
     qkv, x = draw(rows, (heads + 2) * dim), draw(rows, width, scale=3.0)
-    cos, sin = rope_tables(rows + 2, dim, 10_000.0, dtype, device)
+    cos, sin = half_tables(gemma(dim), rows + 2, dtype, device)
     results = []
     for run in (rope_kv, rope_kv_plain):
         q = torch.full((rows, heads * dim), float('nan'), dtype=dtype, device=device)
@@ -29,7 +34,7 @@ def test_rope_matches_its_twin(draw, assert_matches, dtype, device, heads, dim, 
 
 def test_a_cache_only_layer_has_no_queries(draw, assert_matches, dtype, device):
     qkv, x = draw(4, 2 * 32), draw(4, 128)
-    cos, sin = rope_tables(4, 32, 10_000.0, dtype, device)
+    cos, sin = half_tables(gemma(32), 4, dtype, device)
     results = []
     for run in (rope_kv, rope_kv_plain):
         keys, values = torch.full((2, 4, 32), float('nan'), dtype=dtype, device=device)
@@ -39,8 +44,9 @@ def test_a_cache_only_layer_has_no_queries(draw, assert_matches, dtype, device):
         assert_matches(kernel, twin)
 
 
-def test_position_zero_is_not_rotated_and_row_i_is_position_i(device):
-    cos, sin = rope_tables(3, 8, 10_000.0, torch.float32, torch.device('cpu'))
+def test_row_i_is_position_i():
+    cos, sin = half_tables(gemma(8), 3, torch.float32, torch.device('cpu'))
     assert torch.equal(cos[0], torch.ones(4))
     assert torch.equal(sin[0], torch.zeros(4))
-    assert torch.allclose(sin[2], torch.sin(2.0 * 10_000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])))
+    frequencies = 10_000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])
+    assert torch.allclose(sin[2], torch.sin(2.0 * frequencies))

@@ -9,14 +9,15 @@ from pi05_ros.engine.kernels.vision_attention import vision_attention, vision_at
 
 
 @pytest.mark.parametrize(
-    ('heads', 'dim', 'tokens'), [(4, 24, 32), (2, 72, 64), (2, 32, 49)],
-    ids=['dim-24', 'dim-72', 'ragged-tokens'],
+    ('heads', 'dim', 'tokens', 'rows'),
+    [(4, 24, 32, 16), (2, 72, 64, 16), (2, 32, 49, 16), (2, 72, 256, 64)],
+    ids=['dim-24', 'dim-72', 'ragged-tokens', 'full'],
 )
-def test_attention_matches_its_twin(draw, assert_matches, heads, dim, tokens):
+def test_attention_matches_its_twin(draw, assert_matches, heads, dim, tokens, rows):
     qkv = draw(2 * tokens, 3 * heads * dim)
     out = torch.full((2 * tokens, heads * dim), float('nan'), dtype=qkv.dtype, device=qkv.device)
     twin = torch.empty_like(out)
-    vision_attention(qkv, heads, tokens, out, {'block_m': 16, 'warps': 4})
+    vision_attention(qkv, heads, tokens, out, {'block_m': rows, 'warps': 4})
     vision_attention_plain(qkv, heads, tokens, twin)
     assert_matches(out, twin)
 
