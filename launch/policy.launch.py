@@ -1,0 +1,87 @@
+"""Start the policy node and, with autostart, take it to active.
+
+The parameter file is where parameters are set; the arguments here are what changes from one start
+to the next. An argument left empty keeps the value of the parameter file.
+"""
+
+from __future__ import annotations
+
+from launch import LaunchContext, LaunchDescription
+from launch.actions import (
+    DeclareLaunchArgument,
+    EmitEvent,
+    OpaqueFunction,
+    RegisterEventHandler,
+)
+from launch.event_handlers import OnProcessStart
+from launch.events import matches_action
+from launch.launch_description_entity import LaunchDescriptionEntity
+from launch_ros.actions import LifecycleNode
+from launch_ros.event_handlers import OnStateTransition
+from launch_ros.events.lifecycle import ChangeState
+from launch_ros.parameter_descriptions import ParameterValue
+from lifecycle_msgs.msg import Transition
+
+from pi05_ros.launch_arguments import ARGUMENTS, node_parameters
+from pi05_ros.transport import profile_environment
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Declare the arguments; the node is put together once their values are known."""
+    declared = [
+        DeclareLaunchArgument(
+            argument.name,
+            default_value=argument.default,
+            description=argument.description,
+            choices=list(argument.choices) or None,
+        )
+        for argument in ARGUMENTS
+    ]
+    return LaunchDescription([*declared, OpaqueFunction(function=_start)])
+
+
+def _start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    # Read here, not by conditions later on: when this file is included, those would be evaluated
+    # in the scope of the including file.
+    values = {a.name: context.launch_configurations[a.name] for a in ARGUMENTS}
+    node = LifecycleNode(
+        package='pi05_ros',
+        executable='policy_node',
+        name='pi05_policy',
+        namespace=values['namespace'],
+        parameters=[values['params_file'], *_overrides(values)],
+        ros_arguments=['--log-level', values['log_level']],
+        additional_env=profile_environment(values['fastdds_profile']),
+        output='screen',
+        emulate_tty=True,
+    )
+    return [*(_autostart(node) if values['autostart'] == 'true' else []), node]
+
+
+def _overrides(values: dict[str, str]) -> list[dict[str, ParameterValue]]:
+    # Without its type a checkpoint named 2024 would become a number.
+    overrides = node_parameters(values)
+    if not overrides:
+        return []
+    return [{n: ParameterValue(v, value_type=type(v)) for n, v in overrides.items()}]
+
+
+def _autostart(node: LifecycleNode) -> list[RegisterEventHandler]:
+    configure = EmitEvent(event=_change_state(node, Transition.TRANSITION_CONFIGURE))
+    activate = EmitEvent(event=_change_state(node, Transition.TRANSITION_ACTIVATE))
+    return [
+        RegisterEventHandler(OnProcessStart(target_action=node, on_start=[configure])),
+        RegisterEventHandler(
+            OnStateTransition(
+                target_lifecycle_node=node,
+                # Not after a deactivation, which somebody asked for.
+                start_state='configuring',
+                goal_state='inactive',
+                entities=[activate],
+            )
+        ),
+    ]
+
+
+def _change_state(node: LifecycleNode, transition_id: int) -> ChangeState:
+    return ChangeState(lifecycle_node_matcher=matches_action(node), transition_id=transition_id)
