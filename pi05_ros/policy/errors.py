@@ -12,7 +12,7 @@ PolicyReason = Literal[
     'malformed_message',
     'bad_image_size',
     'joint_missing',
-    'state_not_finite',
+    'joint_not_finite',
     'prompt_too_long',
     'action_not_finite',
 ]

@@ -203,7 +203,7 @@ class Policy:
         if bad.size:
             i = int(bad[0])
             raise PolicyError(
-                'state_not_finite',
+                'joint_not_finite',
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
                 'expected a finite number',
             )

@@ -154,7 +154,7 @@ def test_state_that_is_not_finite_names_its_joint(policy: Policy, value: float):
     state = np.zeros(8)
     state[7] = value
     error = refusal(policy, state=state)
-    assert error.reason == 'state_not_finite'
+    assert error.reason == 'joint_not_finite'
     assert f'panda_finger_joint1.position is {value}' in str(error)
 
 
@@ -166,7 +166,7 @@ def test_state_that_overflows_when_normalised_is_refused(tokenizer_path: Path):
     state = np.zeros(8)
     state[6] = 1e305
     error = refusal(policy, state=state)
-    assert error.reason == 'state_not_finite'
+    assert error.reason == 'joint_not_finite'
     assert 'panda_joint7.position is 1e+305, which gives inf' in str(error)
 
 
