@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from pi05_ros.model.errors import Pi05Error
 
 from .bag import Bag, BagTopic, open_bag
 from .playback import Event, Pacer, read_ahead, read_stamp, timeline, with_stamp
-from .terminal import Progress, make_console
+from .terminal import Progress, make_console, positive
 
 if TYPE_CHECKING:
     from rclpy.node import Node
@@ -76,11 +75,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('bag', help='bag directory, .mcap or .db3 file')
     parser.add_argument('--loop', action='store_true', help='start again at the end, until Ctrl-C')
     parser.add_argument(
-        '--rate', type=_positive, default=1.0, metavar='X', help='speed factor (default 1.0)'
+        '--rate', type=positive, default=1.0, metavar='X', help='speed factor (default 1.0)'
     )
     parser.add_argument(
         '--clock',
-        type=_positive,
+        type=positive,
         nargs='?',
         const=DEFAULT_CLOCK_HZ,
         metavar='HZ',
@@ -95,6 +94,7 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help='standard ROS arguments, e.g. -r /camera/base/image_raw:=/front/image_raw',
     )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -303,10 +303,3 @@ class _stopped_by_signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f'{text} is not a positive number')
-    return value

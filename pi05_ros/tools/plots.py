@@ -81,18 +81,20 @@ def _draw_stages(axes: Any, rows: list[StageRow]) -> None:
         spread = row.spread
         axes.barh(place, spread.p50_ms, color=COLOURS[row.label], height=0.62)
         axes.plot([spread.p95_ms] * 2, [place - 0.31, place + 0.31], color=_INK, linewidth=1.6)
-        axes.text(max(spread.p50_ms, spread.p95_ms) + 0.015 * widest, place,
-                  f'{spread.p50_ms:.2f} ms', va='center', size=9, color=_INK)  # fmt: skip
+        axes.text(spread.p95_ms + 0.015 * widest, place, f'{spread.p50_ms:.2f} / '
+                  f'{spread.p95_ms:.2f}', va='center', size=9, color=_INK)  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.label for row in rows], size=9.5)
-    axes.set_xlim(0, widest * 1.22)
+    axes.set_xlim(0, widest * 1.34)
     axes.invert_yaxis()
-    axes.set_title('stages (ms): bar P50, mark P95', loc='left', size=10, color=_INK)
+    axes.set_title('stages (ms): P50 as a bar / P95 as a mark', loc='left', size=10, color=_INK)
     _quiet(axes)
     axes.tick_params(axis='y', length=0)
 
 
 def _draw_ticks(axes: Any, report: RunReport) -> None:
     """Draw every tick's stages, stacked, against the tick period."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = [report.log.column(name) for name in STAGE_LABELS]
     columns = [[0.0 if math.isnan(v) else v for v in column] for column in columns]
     columns.append(report.log.other_ms())
@@ -103,11 +105,13 @@ def _draw_ticks(axes: Any, report: RunReport) -> None:
     top = max(totals)
     if period_ms < 3 * top:
         axes.axhline(period_ms, color='#c0392b', linewidth=1.2, linestyle='--')
-        axes.text(len(totals) - 1, period_ms, f'period {period_ms:.0f} ms ', ha='right',
-                  va='bottom', size=8.5, color='#c0392b')  # fmt: skip
+        axes.text(len(totals) - 1, period_ms, f'period {period_ms:.0f} ms', ha='right',
+                  va='center', size=8.5, color='#c0392b',
+                  bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1.5})  # fmt: skip
         top = max(top, period_ms)
     axes.set_xlim(0, max(len(totals) - 1, 1))
     axes.set_ylim(0, top * 1.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_title('every inference (ms) by number', loc='left', size=10, color=_INK)
     _quiet(axes)
 

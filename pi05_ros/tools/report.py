@@ -114,6 +114,7 @@ class RunReport:
         subject: what ran, e.g. checkpoint, backend and device, as (name, value) pairs.
         rate_hz: control ticks per second that were asked for.
         action_hz: actions per second that were published.
+        received: how many of the actions arrived at the one who watches.
         skips: reason -> ticks that published no action because of it.
     """
 
@@ -122,6 +123,7 @@ class RunReport:
     action_hz: float
     ticks: int
     actions: int
+    received: int
     skips: Mapping[str, int]
     log: TimingLog = field(repr=False)
 
@@ -131,9 +133,9 @@ class RunReport:
         return 1000 / self.log.spread('total_ms').mean_ms
 
 
-def stage_table(log: TimingLog, title: str | None = None) -> Table:
+def stage_table(log: TimingLog) -> Table:
     """Return the stages as a table: last, mean, P50, P95 in ms and percent."""
-    table = Table(title=title, title_justify='left', box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column('stage')
     for name in ('last ms', 'mean ms', 'P50 ms', 'P95 ms', '%'):
         table.add_column(name, justify='right', no_wrap=True)
@@ -156,8 +158,9 @@ def summary_lines(report: RunReport) -> list[str]:
         f'at most {report.possible_hz:.1f} Hz'
     )
     lines.append(
-        f'{report.actions} actions in {report.ticks} ticks, {report.action_hz:.1f} Hz of '
-        f'{report.rate_hz:g} Hz; skipped: {format_counts(report.skips)}'
+        f'{report.ticks} ticks, {report.actions} actions ({report.received} received), '
+        f'{report.action_hz:.1f} Hz of {report.rate_hz:g} Hz; '
+        f'skipped: {format_counts(report.skips)}'
     )
     return lines
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -70,3 +72,14 @@ class Progress:
         if self._live is None and self._now_s() >= self._next_s:
             self._next_s = self._now_s() + PLAIN_LINE_PERIOD_S
             self._console.print(self._line(), highlight=False, markup=False, soft_wrap=True)
+
+
+def positive(text: str) -> float:
+    """Read a command line value that must be a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return value
