@@ -14,7 +14,7 @@ from pi05_ros.model.checkpoint import WEIGHTS_FILE
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.errors import CheckpointError
 
-from .random_weights import write_random_weights
+from .weight_writer import write_random_weights
 
 SIZES = ('tiny', 'full')
 ASSET_ID = 'franka'
