@@ -8,9 +8,8 @@ publishes. This file ties it to lifecycle, parameters, the tick timer and the di
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from rclpy.timer import Timer
 
@@ -25,7 +24,7 @@ from pi05_ros.ros.diagnostics import DiagnosticsPublisher
 from pi05_ros.ros.lifecycle import ManagedNode
 from pi05_ros.ros.outputs import check_carries
 from pi05_ros.ros.parameters import NodeParameters
-from pi05_ros.ros.run import run
+from pi05_ros.ros.run import leave, run
 from pi05_ros.ros.session import LoadPolicy, Session
 from pi05_ros.ros.signals import StopSignal
 
@@ -147,10 +146,10 @@ class PolicyNode(ManagedNode):
         )
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run the node until it is stopped; the exit code is 0 then."""
-    return run(PolicyNode, args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node until it is stopped; the process ends with exit code 0 then."""
+    leave(run(PolicyNode, args))
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -61,7 +61,7 @@ def load(settings: NodeSettings, camera_sizes_px: Mapping[str, tuple[int, int]])
             robot=settings.robot,
             camera_sizes_px=camera_sizes_px,
             backend=settings.backend,
-            precision=settings.precision,
+            precision=resolve_precision(settings),
             device=settings.device,
             tokenizer=settings.tokenizer,
             asset_id=settings.asset_id,
@@ -70,6 +70,18 @@ def load(settings: NodeSettings, camera_sizes_px: Mapping[str, tuple[int, int]])
             max_steps=MAX_STEPS,
         )
     )
+
+
+def resolve_precision(settings: NodeSettings) -> str:
+    """Return ``bfloat16`` or ``float32``; most CPUs have no bfloat16 arithmetic and crawl in it."""
+    import torch  # takes seconds to import
+
+    if settings.precision != 'auto':
+        return settings.precision
+    on_gpu = settings.device.startswith('cuda') or (
+        settings.device == 'auto' and torch.cuda.is_available()
+    )
+    return 'bfloat16' if on_gpu else 'float32'
 
 
 def warm_up(policy: PolicyLike, observation: Observation, settings: NodeSettings) -> float:

@@ -128,9 +128,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         'precision',
         'string',
-        'bfloat16',
-        'Precision of the weights and activations.',
-        choices=('bfloat16', 'float32'),
+        'auto',
+        'Precision of weights and activations. auto: bfloat16 on a GPU, float32 on the CPU.',
+        choices=('auto', 'bfloat16', 'float32'),
     ),
     ParameterSpec(
         'device', 'string', 'auto', 'auto (a GPU where there is one), cpu, cuda, or cuda:N.'

@@ -167,7 +167,7 @@ def action_status(
     level, message = OK, f'{kind} on {topic}' if is_active else 'not active'
     if is_active and core.health:
         level, acted = core.health, sum(core.recent)
-        why = str(skip) if skip is not None else 'skipped ticks'
+        why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
     by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
     values = [
@@ -187,13 +187,14 @@ def action_status(
 
 
 def model_status(facts: Mapping[str, str], settings: NodeSettings, prompt: str) -> Status:
-    """Say what was loaded; ``facts`` come from the policy."""
-    values = (
-        *facts.items(),
-        ('seed', str(settings.seed)),
-        ('Euler steps', str(settings.num_steps)),
-        ('task', prompt or 'none'),
-    )
+    """Say what was loaded.
+
+    Args:
+        facts: of the policy; the backends are left to the Pipeline status.
+    """
+    shown = {key: fact for key, fact in facts.items() if not key.endswith('_backend')}
+    shown['num_steps'] = str(settings.num_steps)  # the present one, not that of loading
+    values = (*shown.items(), ('seed', str(settings.seed)), ('task', prompt or 'none'))
     return Status('Model', OK, facts.get('checkpoint', 'loaded'), values)
 
 

@@ -128,11 +128,12 @@ class Session:
     def statuses(self, is_active: bool) -> list[status.Status]:
         """Return what there is to say about inputs, pipeline, actions and model."""
         inputs, settings = self._inputs, self.settings
-        if self.running is not None and not is_active:
-            # No tick looks at the inputs now, and who is about to activate wants to see them.
+        now_ns = self._node.get_clock().now().nanoseconds
+        if self.running is not None:
+            # Ages as of now, not of the last tick; and while inactive no tick looks at the inputs.
+            self.running.core.advance(now_ns)
             self._feeds.poll()
             inputs.observation(settings.stamp_source)
-        now_ns = self._node.get_clock().now().nanoseconds
         feeds = self._feeds.by_name.items()
         lost = {name: feed.lost for name, feed in feeds}
         faults = {name: feed.qos_fault for name, feed in feeds if feed.qos_fault}
