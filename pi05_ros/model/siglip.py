@@ -42,7 +42,7 @@ class VisionTower(nn.Module):
         px = self.config.patch_px
         rows, cols = height // px, width // px
         patches = pixels.reshape(views, channels, rows, px, cols, px)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(views, rows * cols, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
 
