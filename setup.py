@@ -7,6 +7,7 @@ requirements/kilted.txt or requirements/jazzy.txt in the environment of this Pyt
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -49,13 +50,31 @@ def ros_prefixes() -> list[str]:
     return prefixes
 
 
+def sourced_python_paths() -> list[str]:
+    """Directories with the Python modules of the sourced ROS 2."""
+    version = f'python{sys.version_info.major}.{sys.version_info.minor}'
+    places = (
+        Path(prefix, lib, version_dir, packages)
+        for prefix in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)
+        if prefix and Path(prefix).resolve() != Path(sys.prefix).resolve()
+        for lib in ('lib', 'local/lib')
+        for version_dir, packages in (
+            (version, 'site-packages'), (version, 'dist-packages'), ('python3', 'dist-packages')
+        )
+    )  # fmt: skip
+    return [str(place) for place in places if place.is_dir()]
+
+
 def generator_environment() -> dict[str, str]:
     """Environment for CMake: that of the target Python, not pip's isolated one."""
     env = dict(os.environ)
-    paths = [p for p in env.get('PYTHONPATH', '').split(os.pathsep) if 'pip-build-env' not in p]
-    env['PYTHONPATH'] = os.pathsep.join(p for p in paths if p)
-    if not env['PYTHONPATH']:
-        del env['PYTHONPATH']
+    # pip hides the environment's own packages behind a PYTHONPATH of its own and forgets the one
+    # that sourcing ROS 2 had set.
+    env.pop('PYTHONNOUSERSITE', None)
+    paths = [p for p in env.pop('PYTHONPATH', '').split(os.pathsep) if 'pip-build-env' not in p]
+    paths += sourced_python_paths()
+    if paths := list(dict.fromkeys(filter(None, paths))):
+        env['PYTHONPATH'] = os.pathsep.join(paths)
     env['AMENT_PREFIX_PATH'] = os.pathsep.join(ros_prefixes())
     env['CMAKE_PREFIX_PATH'] = os.pathsep.join(
         [*ros_prefixes(), *filter(None, [env.get('CMAKE_PREFIX_PATH')])]
@@ -82,8 +101,17 @@ def generator_environment() -> dict[str, str]:
 
 
 def build_tool(name: str) -> str:
-    """Path of cmake or ninja; beside the target Python as well, which may not be on PATH."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    """Path of the program cmake or ninja."""
+    try:
+        # Of these packages' programs on PATH some are scripts that import the package, which the
+        # target environment need not have.
+        package = importlib.import_module(name)
+        folder = getattr(package, 'CMAKE_BIN_DIR', None) or package.BIN_DIR
+    except (ImportError, AttributeError):
+        folder = None
+    beside_python = str(Path(sys.executable).parent)
+    places = filter(None, (folder, os.environ.get('PATH'), beside_python))
+    found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
         raise BuildError(f'{name} was not found; pip install {name}')
     return found
@@ -133,6 +161,8 @@ class CMakeBuild(build_py):
             '-DCMAKE_INSTALL_MESSAGE=NEVER',
             '-DPYTHON_INSTALL_DIR=python',
             f'-DPython3_EXECUTABLE={sys.executable}',
+            # A sourced ROS 2 does not put the libraries of this environment on the search path.
+            '-DCMAKE_INSTALL_RPATH=$ORIGIN;$ORIGIN/../../..',
         ]  # fmt: skip
         build_and_install = ([cmake, action, str(build)] for action in ('--build', '--install'))
         for command in (configure, *build_and_install):
