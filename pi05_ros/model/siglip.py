@@ -67,7 +67,7 @@ class VisionAttention(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.q_proj = nn.Linear(config.width, config.width)
         self.k_proj = nn.Linear(config.width, config.width)
         self.v_proj = nn.Linear(config.width, config.width)
@@ -75,15 +75,14 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens of each view: (V, tokens, width) to the same shape."""
-        views, tokens, _ = x.shape
 
         def heads(projected: Tensor) -> Tensor:  # (V, tokens, width) -> (V, heads, tokens, D)
-            return projected.view(views, tokens, self.num_heads, -1).transpose(1, 2)
+            return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(
             heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         )
-        return self.out_proj(mixed.transpose(1, 2).reshape(views, tokens, -1))
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class VisionMlp(nn.Module):
