@@ -107,8 +107,8 @@ def draw(path: Path) -> None:
         canvas.box(116, y, 23, 7, title, (line,), edge=OUT)
         canvas.arrow((110, y + 3.5), (116, y + 3.5), OUT, '--' if y == 47 else '-')
     canvas.box(34, 11.5, 76, 5, '', edge='#c9d0d8')
-    canvas.note(72, 14, '~/timing on every tick  ·  /diagnostics at 1 Hz: ms per stage, ages, rates, '
-                'backend, skips by reason', colour=INK, ha='center')  # fmt: skip
+    canvas.note(72, 14, '~/timing on every tick  ·  /diagnostics at 1 Hz: ms per stage, ages, '
+                'rates, backend, skips by reason', colour=INK, ha='center')  # fmt: skip
     canvas.arrow((56.2, 20), (56.2, 16.5), GATE)
     canvas.note(57.2, 18.2, 'no: no action, the guilty input is named and counted', colour=GATE)
     canvas.arrow((110, 14), (116, 14))

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pi05_ros.engine.pipeline import STAGES
+
 from .report import RunReport, format_counts, stage_table
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class DemoView:
         monitor = self._monitor
         counts = monitor.counts()
         if counts is None or not len(monitor.log):
-            return f'{monitor.state}: {self._message("Lifecycle")}'
+            status = monitor.parts.get('Lifecycle')
+            return status.message if status else 'waiting for the node'
         total, age = monitor.log.spread('total_ms'), monitor.log.spread('sensor_to_action_ms')
         return (
             f'{monitor.state}: {counts.ticks} ticks, {counts.actions} actions, '
@@ -64,15 +67,13 @@ class DemoView:
 
     def _subject(self) -> dict[str, str]:
         value = self._monitor.value
-        backends = [
-            value('Model', f'{stage}_backend') for stage in ('vision', 'prefill', 'denoise')
-        ]
+        backends = [value('Pipeline', f'{stage} backend') for stage in STAGES]
         return {
             'robot': value('Model', 'robot'),
-            'backend': '/'.join(dict.fromkeys(backends)),
+            'backend': '/'.join(dict.fromkeys(filter(None, backends))),
             'device': value('Model', 'device'),
             'precision': value('Model', 'precision'),
-            'Euler steps': value('Model', 'Euler steps'),
+            'Euler steps': value('Model', 'num_steps'),
         }
 
     def _headline(self) -> Text:
@@ -109,7 +110,3 @@ class DemoView:
             (status.message, _LEVEL_STYLES[min(status.level, 2)]),
             f'\ntask: {task}',
         )
-
-    def _message(self, part: str) -> str:
-        status = self._monitor.parts.get(part)
-        return status.message if status else 'waiting for the node'

@@ -127,7 +127,7 @@ class Monitor:
         if not future.result().success:
             # The reason follows on /diagnostics, which may take a moment longer than the answer.
             self.wait(lambda: self._last_error() != '', 2.0)
-            raise MonitorError(f'{name} failed: {self._last_error() or "no reason was given"}')
+            raise MonitorError(self._last_error() or f'{name} failed without a reason')
 
     def close(self) -> None:
         """Stop serving callbacks."""
