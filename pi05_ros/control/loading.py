@@ -73,7 +73,7 @@ def load(settings: NodeSettings, camera_sizes_px: Mapping[str, tuple[int, int]])
 
 
 def resolve_precision(settings: NodeSettings) -> str:
-    """Return ``bfloat16`` or ``float32``; most CPUs have no bfloat16 arithmetic and crawl in it."""
+    """Return ``bfloat16`` or ``float32``: most CPUs have no bfloat16 arithmetic and crawl."""
     import torch  # takes seconds to import
 
     if settings.precision != 'auto':

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pi05_ros.policy.robot import load_robot
 
 from .parameters import PARAMETERS, NodeSettings, ParameterError, settings_from_values
 
@@ -16,25 +18,24 @@ DEFAULT_ROBOT = next(str(spec.default) for spec in PARAMETERS if spec.name == 'r
 
 def settings_from_yaml(
     path: str | Path,
-    cameras_of: Callable[[str], Sequence[str]],
     node_name: str = NODE_NAME,
     overrides: Mapping[str, Any] | None = None,
 ) -> NodeSettings:
     """Return the settings that a node of this name would start with.
 
     Args:
-        cameras_of: camera names of a robot, given the value of the ``robot`` parameter.
         node_name: with or without namespace, e.g. ``pi05_policy`` or ``/left/pi05_policy``.
         overrides: full parameter name -> value; they win over the file.
     Raises:
         ParameterError: the file is missing, is not a parameter file, or a parameter is wrong.
+        RobotError: the robot that it names cannot be used.
     """
     values = {**read_parameter_file(path, node_name), **(overrides or {})}
     robot = values.get('robot', DEFAULT_ROBOT)
     if not isinstance(robot, str):
         raise ParameterError(f'{path}: robot must be a string, got {robot!r}')
     try:
-        return settings_from_values(values, tuple(cameras_of(robot)))
+        return settings_from_values(values, load_robot(robot).camera_names)
     except ParameterError as error:
         raise ParameterError(f'{path}: {error}') from None
 

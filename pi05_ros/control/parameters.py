@@ -261,6 +261,12 @@ CAMERA_PARAMETERS: tuple[ParameterSpec, ...] = (
 ROS_OWN_PARAMETERS = ('use_sim_time', 'start_type_description_service')
 ROS_OWN_PREFIXES = ('qos_overrides.',)
 
+_IN_WORDS = {
+    'string': 'a string',
+    'int': 'a whole number',
+    'double': 'a number',
+    'bool': 'true or false',
+}
 _TYPES = {'string': str, 'int': int, 'double': float, 'bool': bool}
 
 
@@ -289,9 +295,8 @@ def coerce(spec: ParameterSpec, value: Any) -> Value:
         value = float(value)
     found = type(value)  # not isinstance: a bool is no int here
     if found is not _TYPES[spec.kind]:
-        raise ParameterError(
-            f'{spec.name} must be a {spec.kind}, got {value!r} ({found.__name__})'
-        )
+        wanted = _IN_WORDS[spec.kind]
+        raise ParameterError(f'{spec.name} must be {wanted}; got {value!r} ({found.__name__})')
     if spec.choices and value not in spec.choices:
         allowed = ', '.join(spec.choices)
         raise ParameterError(f'{spec.name} must be one of {allowed}; got {value!r}')

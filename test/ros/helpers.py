@@ -15,17 +15,17 @@ import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
+from pi05_ros.msg import ActionChunk as ActionChunkMessage
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import CompressedImage, Image, JointState
+from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
 from pi05_ros.control.reasons import Reason
 from pi05_ros.engine.pipeline import StageTimes
-from pi05_ros.msg import ActionChunk as ActionChunkMessage
 from pi05_ros.policy.policy import PolicyInfo
 from pi05_ros.policy.robot import RobotSpec, load_robot
 from pi05_ros.policy.types import ActionChunk, Observation
@@ -126,7 +126,7 @@ class Sensors(Node):
 
     Args:
         cameras: camera -> how it behaves.
-        transport: camera -> ``compressed`` where it is not raw.
+        qos: of the images and joint states.
     """
 
     def __init__(
@@ -143,10 +143,6 @@ class Sensors(Node):
         self.joint_position = 0.1
         self.image_publishers = {
             name: self.create_publisher(Image, f'camera/{name}/image_raw', qos)
-            for name in self.cameras
-        }
-        self.compressed_publishers = {
-            name: self.create_publisher(CompressedImage, f'camera/{name}/image_raw/compressed', qos)
             for name in self.cameras
         }
         self.joint_publisher = self.create_publisher(JointState, 'joint_states', qos)
@@ -166,7 +162,6 @@ class Sensors(Node):
             message.position = [self.joint_position] * len(self.joints)
             stamp(message, now_ns)
             self.joint_publisher.publish(message)
-
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -320,4 +315,3 @@ def change_state(bench_: Bench, transition: int) -> bool:
     bench_.until(future.done)
     bench_.observer.node.destroy_client(client)
     return future.result().success
-

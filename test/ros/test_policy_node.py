@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import TASK, CameraScript, Sensors, SmallPolicy, bench
-
-from pi05_ros.policy.robot import load_robot
+from helpers import TASK, bench
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
 
