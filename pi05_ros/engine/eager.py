@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from .trace import Trace
 class EagerPipeline(Pipeline):
     """Runs a :class:`Pi05Model` where its weights are, in the precision that they have.
 
-    Times are of the host's clock, which waits for the device between stages.
+    Times are of the host's clock, which waits for the device between stages. On a CPU the work is
+    done by one thread: sums split over threads would depend on how many there are, and so would
+    the actions. (A model small enough for a CPU is no faster with more.)
     """
 
     def __init__(self, model: Pi05Model, shape: PipelineShape) -> None:
@@ -46,6 +49,12 @@ class EagerPipeline(Pipeline):
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
         self._check_tokens(tokens)
+        with _one_thread():
+            return self._infer(images, tokens, noise, steps)
+
+    def _infer(
+        self, images: Sequence[np.ndarray], tokens: np.ndarray, noise: np.ndarray, steps: int
+    ) -> InferenceResult:
         model = self._model
         clock = _Clock(model.device)
         px = self.config.vision.image_px
@@ -81,7 +90,8 @@ class EagerPipeline(Pipeline):
         """Run one inference and return what it computed; see :meth:`Traceable.trace`."""
         self._check_tokens(tokens)
         views_, tokens_, noise_ = self._to_device(views, tokens, noise)
-        sample = self._model.sample_actions(to_pixels(views_), tokens_, noise_, num_steps)
+        with _one_thread():
+            sample = self._model.sample_actions(to_pixels(views_), tokens_, noise_, num_steps)
         return Trace(
             _to_host(sample.prefix_embs),
             _to_host(sample.keys),
@@ -108,6 +118,17 @@ class EagerPipeline(Pipeline):
                 f'token {wrong[0]} is outside the vocabulary of {self.config.vocab_size}; '
                 'the tokenizer does not belong to this checkpoint'
             )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one CPU thread within an operator; the setting is restored for everyone else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Clock:

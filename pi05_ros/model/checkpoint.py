@@ -212,7 +212,9 @@ def _config(
         )
         _number(raw, horizon_key, where)
     names = {**names, 'action_horizon': horizon_key}
-    numbers = {ours: _number(raw, key, where) for ours, key in names.items() if key in raw}
+    numbers: dict[str, Any] = {
+        ours: _number(raw, key, where) for ours, key in names.items() if key in raw
+    }
     return replace(config, **numbers)
 
 

@@ -7,7 +7,9 @@ says float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +54,12 @@ class PrefixStack(nn.Module):
         rope = rope_tables(prefix_positions(x.shape[0], valid, x.device), self.config, x.dtype)
         bias = mask_bias(valid)
         keys, values = [], []
-        for index, layer in enumerate(self.layers):
+        for layer in cast('Iterable[PrefixLayer]', self.layers):
             query, key, value = layer.project(x, rope)
             keys.append(key)
             values.append(value)
             # Nobody reads what the last layer would do with its own K and V.
-            if index + 1 < len(self.layers):
+            if len(keys) < self.config.depth:
                 x = layer.finish(x, query, key, value, bias)
         return PrefixCache(torch.stack(keys), torch.stack(values), valid)
 
@@ -131,7 +133,8 @@ class GemmaAttention(nn.Module):
         query = query.transpose(0, 1).reshape(num_kv, -1, head_dim)
         keys = keys.unflatten(-1, (num_kv, head_dim)).transpose(0, 1)
         values = values.unflatten(-1, (num_kv, head_dim)).transpose(0, 1)
-        logits = (query @ keys.transpose(1, 2)) * head_dim**-0.5
+        logits = query @ keys.transpose(1, 2)
+        logits *= head_dim**-0.5
         if bias is not None:
             logits = logits + bias
         weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)

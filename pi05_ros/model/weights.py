@@ -115,8 +115,7 @@ def check_names(
     missing = [name for name in expected if name not in found and name not in optional]
     faults += [f'missing: {name} {list(expected[name])}' for name in missing]
     if EMBEDDING not in found and EMBEDDING_ALIAS not in found:
-        shape = list(expected[EMBEDDING])
-        faults.append(f'missing: {EMBEDDING} or {EMBEDDING_ALIAS} {shape}')
+        faults.append(f'missing: {EMBEDDING} or {EMBEDDING_ALIAS} {list(expected[EMBEDDING])}')
     if faults:
         raise CheckpointError(_describe(path, faults, found))
     embedding = found.pop(EMBEDDING_ALIAS, None)

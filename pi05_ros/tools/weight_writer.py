@@ -81,7 +81,7 @@ def write_random_weights(path: Path, config: Pi05Config, dtype: torch.dtype, see
             # A window of pieces at a time: what is drawn but not yet written stays small.
             while window := list(islice(pieces, 2 * workers)):
                 for values in pool.map(lambda piece: _draw(piece, dtype, seed), window):
-                    file.write(memoryview(values.view(torch.uint8).numpy()))
+                    file.write(values.view(torch.uint8).numpy().data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

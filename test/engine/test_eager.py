@@ -72,10 +72,14 @@ def test_a_call_leaves_nothing_for_the_next(pipeline: EagerPipeline, call: dict)
     np.testing.assert_array_equal(pipeline.infer(**call).actions, first)
 
 
-def test_two_processes_give_the_same_bits(pipeline: EagerPipeline, call: dict):
+@pytest.mark.parametrize('threads', [1, 3])
+def test_processes_with_any_number_of_threads_give_the_same_bits(
+    pipeline: EagerPipeline, call: dict, threads: int
+):
+    """Replaying a bag must give the actions of the live run, whatever OMP_NUM_THREADS says."""
     program = f"""
 import hashlib, numpy as np, torch
-torch.set_num_threads({torch.get_num_threads()})
+torch.set_num_threads({threads})
 from pi05_ros.engine.eager import EagerPipeline
 from pi05_ros.engine.pipeline import PipelineShape
 from pi05_ros.model.checkpoint import load_model, open_checkpoint
@@ -124,6 +128,16 @@ def test_a_call_outside_the_shape_is_refused(
 ):
     with pytest.raises(BackendError, match=message):
         pipeline.infer(**(call | change))
+
+
+def test_thread_count_of_the_process_is_left_as_it_was(pipeline: EagerPipeline, call: dict):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        pipeline.infer(**call)
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_inputs_may_be_read_only_and_stay_as_they_were(pipeline: EagerPipeline, call: dict):
