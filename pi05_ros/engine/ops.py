@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from .kernels import cublaslt, geglu, norms, prefill_attention, prompt, resize, rope
+from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
 from .kernels import vision_attention as vision
 from .tuning import TunedChoices
 
@@ -68,8 +68,8 @@ class Ops(Protocol):
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.prefill_attention.prefill_attention`."""
 
-    def geglu(self, gate_up: Tensor, x: Tensor, eps: float, out: Tensor) -> None:
-        """See :func:`pi05_ros.engine.kernels.geglu.geglu`."""
+    def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
+        """See :func:`pi05_ros.engine.kernels.gate_up.gate_up`."""
 
 
 class PlainOps:
@@ -84,7 +84,7 @@ class PlainOps:
     embed_prompt = staticmethod(prompt.embed_prompt_plain)
     rope_kv = staticmethod(rope.rope_kv_plain)
     prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
-    geglu = staticmethod(geglu.geglu_plain)
+    gate_up = staticmethod(gate_up.gate_up_plain)
 
 
 class FusedOps:
@@ -96,6 +96,7 @@ class FusedOps:
     layer_norm = staticmethod(norms.layer_norm)
     embed_prompt = staticmethod(prompt.embed_prompt)
     rope_kv = staticmethod(rope.rope_kv)
+    gate_up = staticmethod(gate_up.gate_up)
 
     def __init__(self, device: torch.device, choices: TunedChoices) -> None:
         self.choices = choices
@@ -118,7 +119,3 @@ class FusedOps:
         launch = self.choices.kernel(key, prefill_attention.DEFAULT_LAUNCH)
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 
-    def geglu(self, gate_up: Tensor, x: Tensor, eps: float, out: Tensor) -> None:
-        """Run the kernel with this GPU's block sizes."""
-        launch = self.choices.kernel(f'geglu-{out.shape[0]}', geglu.DEFAULT_LAUNCH)
-        geglu.geglu(gate_up, x, eps, out, launch)

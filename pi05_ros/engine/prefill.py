@@ -66,7 +66,7 @@ class PrefillStage:
         self.qkv = like.new_zeros(rows * (vlm.num_heads + 2) * vlm.head_dim)
         self.q = like.new_zeros(rows, vlm.num_heads * vlm.head_dim)
         self.attended = torch.zeros_like(self.q)
-        self.gate_up = like.new_zeros(rows, 2 * vlm.mlp_dim)
+        self.scale = torch.zeros(rows, device=like.device)
         self.hidden = like.new_zeros(rows, vlm.mlp_dim)
         self.keys = like.new_zeros(vlm.depth, rows, vlm.head_dim)
         self.values = torch.zeros_like(self.keys)
@@ -105,7 +105,6 @@ class PrefillStage:
         scale = self.config.head_dim**-0.5
         ops.prefill_attention(q, keys, values, self.num_prefix, scale, attended)
         ops.linear(attended, layer.out, residual, residual=x)
-        ops.linear(residual, layer.gate_up, self.gate_up[:rows])
-        ops.geglu(self.gate_up[:rows], residual, eps, self.hidden[:rows])
+        ops.gate_up(residual, layer.gate_up, eps, self.scale, self.hidden[:rows])
         ops.linear(self.hidden[:rows], layer.down, residual, residual=residual)
         return residual

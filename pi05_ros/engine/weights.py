@@ -14,6 +14,8 @@ import torch
 
 from pi05_ros.model.config import Pi05Config
 
+from .kernels.gate_up import interleave
+
 State = MutableMapping[str, torch.Tensor]
 
 _PALIGEMMA = 'paligemma_with_expert.paligemma.'
@@ -78,7 +80,7 @@ class PrefillLayer:
 
     qkv: torch.Tensor  # ((heads + 2) * D, W), or (2 * D, W)
     out: torch.Tensor | None = None  # (W, heads * D)
-    gate_up: torch.Tensor | None = None  # (2 F, W)
+    gate_up: torch.Tensor | None = None  # (2 F, W), gate and up rows alternating
     down: torch.Tensor | None = None  # (W, F)
 
 
@@ -113,12 +115,12 @@ class _Taker:
     def stacked(self, prefix: str, names: tuple[str, ...], kind: str) -> torch.Tensor:
         return torch.cat([self.tensor(f'{prefix}{name}.{kind}') for name in names])
 
-    def folded(self, prefix: str, names: tuple[str, ...], norm: torch.Tensor) -> torch.Tensor:
-        """Stack weights and multiply their columns by (1 + norm), in fp32."""
-        parts = [
-            (self.fp32(f'{prefix}{name}.weight') * (1.0 + norm)).to(self.dtype) for name in names
-        ]
-        return torch.cat(parts)
+    def folded(
+        self, prefix: str, names: tuple[str, ...], norm: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return weights with their columns multiplied by (1 + norm), in fp32."""
+        weights = [self.fp32(f'{prefix}{name}.weight') for name in names]
+        return [(weight * (1.0 + norm)).to(self.dtype) for weight in weights]
 
 
 def pack_vision(
@@ -191,13 +193,13 @@ def pack_prefill(
         norm2 = take.fp32(prefix + 'post_attention_layernorm.weight')
         attention, mlp = prefix + 'self_attn.', prefix + 'mlp.'
         if index == config.vlm.depth - 1:
-            layers.append(PrefillLayer(take.folded(attention, ('k_proj', 'v_proj'), norm1)))
+            layers.append(PrefillLayer(torch.cat(take.folded(attention, ('k_proj', 'v_proj'), norm1))))
             continue
         layers.append(
             PrefillLayer(
-                qkv=take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1),
+                qkv=torch.cat(take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1)),
                 out=take.tensor(attention + 'o_proj.weight'),
-                gate_up=take.folded(mlp, ('gate_proj', 'up_proj'), norm2),
+                gate_up=interleave(*take.folded(mlp, ('gate_proj', 'up_proj'), norm2)),
                 down=take.tensor(mlp + 'down_proj.weight'),
             )
         )

@@ -56,7 +56,7 @@ def _prefill_attention_kernel(
 
 # Keys and values are read in whole blocks: their buffers hold a multiple of this many rows.
 KEY_ROWS_MULTIPLE = 128
-DEFAULT_LAUNCH = {'block_m': 64, 'block_n': 64, 'warps': 4, 'stages': 2}
+DEFAULT_LAUNCH = {'block_m': 64, 'block_n': 64, 'warps': 4, 'stages': 3}
 
 
 def prefill_attention(

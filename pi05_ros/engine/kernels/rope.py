@@ -9,7 +9,7 @@ import triton.language as tl
 from pi05_ros.model.config import GemmaConfig
 from pi05_ros.model.gemma import rope_tables
 
-from .geglu import _row_scale, row_scale_plain
+from .gate_up import row_scale, row_scale_plain
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _rope_kernel(
     row = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = DIM // 2
     o_half = tl.arange(0, HALF)
-    scale = _row_scale(p_x, row, width, eps, WIDTH_BLOCK)
+    scale = row_scale(p_x, row, width, eps, WIDTH_BLOCK)
     b_cos = tl.load(p_cos + row * HALF + o_half).to(tl.float32) * scale
     b_sin = tl.load(p_sin + row * HALF + o_half).to(tl.float32) * scale
     p_row = p_qkv + row * (QUERY_HEADS + 2) * DIM
