@@ -78,6 +78,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ConfigError: the dimensions are missing, unknown or contradict each other.
     """
     path = Path(path).expanduser()
+    try:
+        return _open(path)
+    except OSError as cause:
+        raise CheckpointError(f'checkpoint {path} cannot be read: {cause}') from cause
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(
             f'checkpoint {path} does not exist; give a local directory with {WEIGHTS_FILE}'

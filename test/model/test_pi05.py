@@ -10,6 +10,7 @@ import torch
 from model_files import GOLDEN_DIR, small_config, write_random
 
 from pi05_ros.model.checkpoint import load_model, open_checkpoint
+from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.images import to_pixels
 from pi05_ros.model.pi05 import Pi05Model, Sample
 
@@ -113,6 +114,22 @@ def test_horizon_and_steps_are_those_of_the_call(small: Pi05Model, horizon: int,
     assert sample.actions.shape == (horizon, 7)
     assert sample.velocities.shape == (steps, horizon, 7)
     assert sample.keys.shape == sample.values.shape == (3, 21, 16)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_full_size_passes_through_without_leaving_its_device(masked: bool):
+    """Shapes, dtypes and devices of the released model, without its 7 GB."""
+    with torch.device('meta'):
+        model = Pi05Model(Pi05Config.full()).to_precision('bfloat16')
+        pixels, tokens = torch.empty(2, 3, 224, 224), torch.empty(37, dtype=torch.long)
+        noise, valid = torch.empty(50, 32), torch.empty(549, dtype=torch.bool)
+    prefix = torch.cat([model.embed_images(pixels).flatten(0, 1), model.embed_prompt(tokens)])
+    cache = model.prefill(prefix, valid if masked else None)
+    actions, velocities = model.denoise(noise, cache, 3)
+    assert (prefix.shape, prefix.dtype) == ((549, 2048), torch.bfloat16)
+    assert (cache.keys.shape, cache.keys.dtype) == ((18, 549, 256), torch.bfloat16)
+    assert (velocities.shape, velocities.dtype) == ((3, 50, 32), torch.float32)
+    assert (actions.shape, actions.dtype) == ((50, 32), torch.float32)
 
 
 def test_two_runs_are_bit_identical(small: Pi05Model):
