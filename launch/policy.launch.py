@@ -67,17 +67,21 @@ def _overrides(values: dict[str, str]) -> list[dict[str, ParameterValue]]:
 
 
 def _autostart(node: LifecycleNode) -> list[RegisterEventHandler]:
+    def activate(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+        if context.locals.event.goal_state != 'inactive':
+            return []  # configure failed; the node has said why
+        return [EmitEvent(event=_change_state(node, Transition.TRANSITION_ACTIVATE))]
+
     configure = EmitEvent(event=_change_state(node, Transition.TRANSITION_CONFIGURE))
-    activate = EmitEvent(event=_change_state(node, Transition.TRANSITION_ACTIVATE))
     return [
         RegisterEventHandler(OnProcessStart(target_action=node, on_start=[configure])),
         RegisterEventHandler(
             OnStateTransition(
                 target_lifecycle_node=node,
-                # Not after a deactivation, which somebody asked for.
                 start_state='configuring',
-                goal_state='inactive',
-                entities=[activate],
+                entities=[OpaqueFunction(function=activate)],
+                # Only the configure above: one that somebody asks for later must not move a robot.
+                handle_once=True,
             )
         ),
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.resources import config_dir, demo_bag
+from pi05_ros.transport import DEFAULT_PROFILE
 
 _BOOLEANS = {'true': True, 'false': False}
 
@@ -39,9 +40,9 @@ _LOG_LEVEL = LaunchArgument(
 )
 _FASTDDS_PROFILE = LaunchArgument(
     'fastdds_profile',
-    'large_data',
-    'Fast DDS transports: large_data (whole images arrive), default (untouched), the name of '
-    'a profile in config/, or the path of an XML profile. Camera drivers need the same one.',
+    DEFAULT_PROFILE,
+    'Fast DDS transports: large_images, large_data (faster, but every other process must use it '
+    'too), default (untouched), or the path of an XML profile. Camera drivers need one as well.',
 )
 
 # Of policy.launch.py
