@@ -21,7 +21,6 @@ from rich.console import Console
 
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.resources import config_dir, demo_bag
-from pi05_ros.transport import profile_environment
 
 from .demo_view import DemoView
 from .plots import save_stage_plot
@@ -83,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update(private_network())
+    console.print(
+        f'ROS_DOMAIN_ID {os.environ["ROS_DOMAIN_ID"]}, on this machine only', highlight=False
+    )
     node: list[Child] = []
     try:
         with children() as group:
@@ -112,7 +114,6 @@ def private_network() -> dict[str, str]:
     wanted = {
         'ROS_DOMAIN_ID': str(random.randint(1, 99)),
         'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
-        **profile_environment('large_data'),
         'PYTHONUNBUFFERED': '1',
     }
     return {name: os.environ.get(name) or value for name, value in wanted.items()}
@@ -138,12 +139,8 @@ def start_player(group: Children, out: Path) -> Child:
 def start_node(group: Children, checkpoint: Path, out: Path, ros_args: list[str]) -> Child:
     """Start the real node with the shipped parameters; ``ros_args`` of the user come last."""
     overrides: dict[str, Any] = {'checkpoint': str(checkpoint), 'dry_run': True}
-    env = dict(os.environ)
     if not _has_cuda():
         overrides['rate_hz'] = CPU_RATE_HZ
-        # The player and this process need a core, too: threads that wait for one another on a
-        # shared core make an inference ten times slower than one thread alone.
-        env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // 2)))
     parameter_file = out / 'demo_parameters.yaml'
     parameter_file.write_text(yaml.safe_dump({'/**': {'ros__parameters': overrides}}))
     command = [
@@ -151,7 +148,7 @@ def start_node(group: Children, checkpoint: Path, out: Path, ros_args: list[str]
         '--params-file', str(config_dir() / 'policy.yaml'),
         '--params-file', str(parameter_file), *ros_args,
     ]  # fmt: skip
-    return group.start('policy node', command, env, out / 'node.log')
+    return group.start('policy node', command, os.environ, out / 'node.log')
 
 
 class Demo:

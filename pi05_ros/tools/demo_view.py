@@ -32,8 +32,7 @@ class DemoView:
         parts: list[RenderableType] = [self._headline()]
         if len(monitor.log):
             parts.append(stage_table(monitor.log))
-        parts += [Text(), self._inputs_table(), self._counters(), Text('Ctrl-C ends it', 'dim')]
-        return Group(*parts)
+        return Group(*parts, self._inputs_table(), self._counters())
 
     def line(self) -> str:
         """Return the same as one line, for pipes and logs."""
@@ -81,8 +80,8 @@ class DemoView:
         status = self._monitor.parts.get('Lifecycle')
         if status and status.message != self._monitor.state:
             text.append(f'  {status.message}', _LEVEL_STYLES[min(status.level, 2)])
-        facts = [f'{name} {value}' for name, value in self._subject().items() if value]
-        return text.append(f'   {", ".join(facts)}', 'dim')
+        facts = ' · '.join(filter(None, self._subject().values()))
+        return text.append(f'   {facts}', 'dim')
 
     def _inputs_table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
@@ -106,7 +105,8 @@ class DemoView:
         task = self._monitor.value('Model', 'task')
         return Text.assemble(
             f'ticks {counts.ticks}   actions {counts.actions}   '
-            f'skipped: {format_counts(counts.skips)}\n',
+            f'skipped: {format_counts(counts.skips)}   ',
+            ('Ctrl-C ends it\n', 'dim'),
             (status.message, _LEVEL_STYLES[min(status.level, 2)]),
             f'\ntask: {task}',
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pi05_ros.model.errors import Pi05Error
+from pi05_ros.transport import DEFAULT_PROFILE, profile_environment
 
 from .bag import Bag, BagTopic, open_bag
 from .playback import Event, Pacer, read_ahead, read_stamp, timeline, with_stamp
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 NODE_NAME = 'pi05_play'
 DEFAULT_CLOCK_HZ = 100.0
+FASTDDS_VARIABLES = (
+    'FASTDDS_BUILTIN_TRANSPORTS',
+    'FASTDDS_DEFAULT_PROFILES_FILE',
+    'FASTRTPS_DEFAULT_PROFILES_FILE',
+)
 FLUSH_LIMIT_NS = 500_000_000
 # Latched by convention; recorders that do not store the offered QoS lose the durability.
 LATCHED_NAMES = frozenset({'task_prompt', 'tf_static', 'robot_description'})
@@ -102,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     stop = threading.Event()
     console = make_console()
     with open_bag(args.bag) as bag, _stopped_by_signals(stop):
+        use_image_transports()
         import rclpy
         from rclpy.signals import SignalHandlerOptions
 
@@ -118,6 +126,12 @@ def run(args: argparse.Namespace) -> int:
             rclpy.try_shutdown()
     console.print(summary(player.tally, [c.topic for c in player.channels.values()]))
     return 0
+
+
+def use_image_transports() -> None:
+    """Let Fast DDS send whole images, unless the user has chosen transports."""
+    if not any(name in os.environ for name in FASTDDS_VARIABLES):
+        os.environ.update(profile_environment(DEFAULT_PROFILE))
 
 
 class Player:
