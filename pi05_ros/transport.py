@@ -7,6 +7,8 @@ profile (camera driver, bag player). Other middlewares ignore these variables.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from pi05_ros.model.errors import Pi05Error
@@ -43,8 +45,12 @@ def profile_environment(profile: str) -> dict[str, str]:
             f'transport profile {profile!r}: expected large_images, large_data, default, or the '
             f'path of a Fast DDS XML profile that exists'
         )
-    # The second name is the one that Fast DDS before version 3 (Jazzy, Humble) reads.
-    return {
-        'FASTDDS_DEFAULT_PROFILES_FILE': str(path.resolve()),
-        'FASTRTPS_DEFAULT_PROFILES_FILE': str(path.resolve()),
-    }
+    return {_profile_variable(): str(path.resolve())}
+
+
+def _profile_variable() -> str:
+    # Each of them ignores or deprecates the other's name. Only before version 3 (Jazzy, Humble)
+    # was the package of Fast DDS called fastrtps.
+    prefixes = [*os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep), sys.prefix]
+    before_3 = any(Path(prefix, 'share', 'fastrtps').is_dir() for prefix in filter(None, prefixes))
+    return 'FASTRTPS_DEFAULT_PROFILES_FILE' if before_3 else 'FASTDDS_DEFAULT_PROFILES_FILE'
