@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_input_arguments(parser)
     parser.add_argument('--backend', help='default: as the node (auto)')
-    parser.add_argument('--precision', help='bfloat16 or float32; default: as the node (bfloat16)')
+    parser.add_argument('--precision', help='bfloat16 or float32; default: as the node (auto)')
     parser.add_argument('--seed', type=int, metavar='N', help='of the noise; default: 0')
     parser.add_argument('--out', type=Path, metavar='JSON', help='write the report here')
     parser.add_argument('--actions', type=Path, metavar='NPZ', help='write the actions here')

@@ -47,6 +47,7 @@ def origin_of(replay: Replay) -> dict[str, Any]:
     return {
         'version': __version__,
         'settings': asdict(replay.settings) | {'checkpoint': ''},
+        'relative_topics': {topic.name: topic.topic for topic in replay.topics.values()},
         'topics': {topic.name: name for name, topic in replay.topics.items()},
         'model': {name: facts[name] for name in _ORIGIN_FACTS if name in facts},
     }

@@ -27,8 +27,8 @@ from pi05_ros.control.gates import NS_PER_MS
 from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.loading import WARM_UP_PROMPT, check_settings, load, warm_up
-from pi05_ros.control.parameter_file import settings_from_yaml
-from pi05_ros.control.parameters import PARAMETERS, NodeSettings, settings_from_values
+from pi05_ros.control.parameter_file import DEFAULT_ROBOT, settings_from_yaml
+from pi05_ros.control.parameters import NodeSettings, settings_from_values
 from pi05_ros.control.reasons import Skip
 from pi05_ros.control.topics import TASK_PROMPT, InputTopic, input_topics
 from pi05_ros.model.errors import Pi05Error
@@ -69,12 +69,9 @@ class Setup:
             Pi05Error: the file, a parameter or the robot file is wrong.
         """
         if self.params_file is not None:
-            return settings_from_yaml(
-                self.params_file, _cameras_of, self.remapping.node_name, self.overrides
-            )
-        default = next(spec.default for spec in PARAMETERS if spec.name == 'robot')
-        robot = str(self.overrides.get('robot', default))
-        return settings_from_values(self.overrides, _cameras_of(robot))
+            return settings_from_yaml(self.params_file, self.remapping.node_name, self.overrides)
+        robot = load_robot(str(self.overrides.get('robot', DEFAULT_ROBOT)))
+        return settings_from_values(self.overrides, robot.camera_names)
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,8 @@ class Replay:
     def _push(self, message: BagMessage) -> None:
         began_ns = time.perf_counter_ns()
         name = self.topics[message.topic].name
-        self.inputs.push(name, message.raw, message.receive_ns)
+        push = self.inputs.push if self.core is None else self.core.push
+        push(name, message.raw, message.receive_ns)
         self.messages[name] += 1
         self.last_ns = message.receive_ns
         self._push_ns += time.perf_counter_ns() - began_ns
@@ -276,7 +274,3 @@ class Replay:
             )
         )
         self._mark()
-
-
-def _cameras_of(robot: str) -> tuple[str, ...]:
-    return load_robot(robot).camera_names
