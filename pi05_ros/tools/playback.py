@@ -19,6 +19,8 @@ READ_AHEAD_MESSAGES = 32
 
 _STAMP = {0: struct.Struct('>iI'), 1: struct.Struct('<iI')}
 _STAMP_BYTES = slice(4, 12)
+# The seconds are an int32.
+MAX_STAMP_NS = 2**31 * 1_000_000_000 - 1
 _NS_PER_S = 1_000_000_000
 
 T = TypeVar('T')
@@ -104,7 +106,12 @@ class Pacer:
 
 
 def read_stamp(raw: bytes) -> int:
-    """Return the stamp of a message that begins with a std_msgs/Header, in nanoseconds."""
+    """Return the stamp of a message that begins with a std_msgs/Header, in nanoseconds.
+
+    0, which means "no stamp", if the message is cut off before its end.
+    """
+    if len(raw) < _STAMP_BYTES.stop:
+        return 0
     seconds, nanoseconds = _STAMP[raw[1] & 1].unpack(raw[_STAMP_BYTES])
     return int(seconds) * _NS_PER_S + int(nanoseconds)
 
@@ -113,8 +120,10 @@ def with_stamp(raw: bytes, stamp_ns: int) -> bytes:
     """Return the message with another header stamp and nothing else changed.
 
     The stamp is the first eight bytes behind the encapsulation, whose second byte's lowest bit
-    tells the byte order.
+    tells the byte order. A stamp that a header cannot hold leaves the message as it is.
     """
+    if not 0 <= stamp_ns <= MAX_STAMP_NS:
+        return raw
     stamp = _STAMP[raw[1] & 1].pack(*divmod(stamp_ns, _NS_PER_S))
     return b''.join((raw[: _STAMP_BYTES.start], stamp, raw[_STAMP_BYTES.stop :]))
 

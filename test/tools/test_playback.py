@@ -37,6 +37,17 @@ def test_restamping_changes_the_stamp_and_no_other_byte(order):
     assert (moved[:4], moved[12:]) == (raw[:4], raw[12:])
 
 
+def test_a_message_without_room_for_a_stamp_counts_as_unstamped():
+    assert read_stamp(b'') == 0
+    assert read_stamp(header_cdr(1_234_567_890_123)[:11]) == 0
+
+
+@pytest.mark.parametrize('stamp_ns', [-1, 2**31 * S])
+def test_a_stamp_that_a_header_cannot_hold_is_not_written(stamp_ns):
+    raw = header_cdr(5)
+    assert with_stamp(raw, stamp_ns) == raw
+
+
 @pytest.mark.parametrize('rate', [0.5, 1.0, 4.0])
 def test_messages_are_due_at_the_recorded_intervals_divided_by_the_rate(rate):
     clock = FakeClock()
