@@ -167,9 +167,9 @@ class Inputs:
         return Skip(Reason.MISSING_INPUT, empty[0].title, f'no {names}')
 
     def malformed(self) -> Skip | None:
-        """Name the first sensor whose newest message is known to be unusable."""
+        """Name the first sensor whose newest message has not even a readable stamp."""
         for slot in self.sensors.values():
-            if slot.fault is not None:
+            if slot.fault is not None and not slot.has_header:
                 return Skip(slot.fault.reason, slot.title, f'{slot.title}: {slot.fault}')
         return None
 

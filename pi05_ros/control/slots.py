@@ -27,6 +27,7 @@ class Slot:
         """Forget the message (not the counters), as after a jump of the clock."""
         self.raw: bytes | None = None
         self.fault: InputFault | None = None
+        self.has_header = False
         self.header_ns = 0
         self.receive_ns = 0
         self._arrivals = RateMeter()
@@ -63,10 +64,12 @@ class Slot:
         self.received += 1
         self._arrivals.add(receive_ns, sequence)
         self.fault = None
+        self.header_ns = 0
+        self.has_header = False
         try:
             self.header_ns = parse_header(raw).stamp_ns
+            self.has_header = True
         except InputFault as fault:
-            self.header_ns = 0
             self.fault = fault
 
     def stamp_ns(self, source: str) -> int:

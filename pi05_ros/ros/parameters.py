@@ -8,7 +8,6 @@ from rcl_interfaces.msg import (
     FloatingPointRange,
     IntegerRange,
     ParameterDescriptor,
-    SetParametersResult,
 )
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -55,7 +54,8 @@ class NodeParameters:
             self._declare(spec, overrides.pop(name, None))
         for name in overrides:
             self._problems[name] = str(unknown_parameter(name, self._table))
-        node.add_on_set_parameters_callback(self._check)
+        # A set of a wrong type, out of range or of a read-only parameter is refused by rclpy
+        # itself, with the reason, as the descriptors say.
         node.add_post_set_parameters_callback(self._apply)
 
     def settings(self) -> NodeSettings:
@@ -101,17 +101,6 @@ class NodeParameters:
                 self._problems.setdefault(spec.name, str(error))
         # The override was checked above; rclpy would raise here and end the process.
         self._node.declare_parameter(spec.name, value, descriptor(spec), ignore_override=True)
-
-    def _check(self, parameters: list[Parameter]) -> SetParametersResult:
-        for parameter in parameters:
-            spec = self._table.get(parameter.name)
-            if spec is None:
-                continue
-            try:
-                coerce(spec, parameter.value)
-            except ParameterError as error:
-                return SetParametersResult(successful=False, reason=str(error))
-        return SetParametersResult(successful=True)
 
     def _apply(self, parameters: list[Parameter]) -> None:
         ours = [parameter.name for parameter in parameters if parameter.name in self._table]

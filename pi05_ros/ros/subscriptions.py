@@ -81,6 +81,7 @@ class PolledSubscription:
         self.lost: int | None = 0
         self._node = node
         self._delivered: Taken | None = None
+        self._deliveries = 0
         self._mismatched = False
         self._publisher: Any = None
         self._sequence_offset = 0
@@ -144,8 +145,10 @@ class PolledSubscription:
         self._events = []
         self._node.destroy_subscription(self._subscription)
 
-    def _deliver(self, raw: bytes, info: Mapping[str, Any]) -> None:
-        self._delivered = (raw, info)
+    def _deliver(self, raw: bytes) -> None:
+        # Without message info: the events executor of rclpy 9.1 fails on callbacks that take it.
+        self._deliveries += 1
+        self._delivered = (raw, {'publication_sequence_number': self._deliveries})
 
     def _listen_to_events(self) -> list:
         """Serve the events through the default group: the polled one would never call them."""
@@ -186,8 +189,12 @@ class InputSubscriptions:
         self._push = push
         group = PolledGroup()
         self.by_name: dict[str, PolledSubscription] = {}
-        for topic in topics:
-            self.by_name[topic.name] = PolledSubscription(node, topic, group)
+        try:
+            for topic in topics:
+                self.by_name[topic.name] = PolledSubscription(node, topic, group)
+        except Exception:
+            self.destroy()
+            raise
 
     def poll(self) -> None:
         """Push the newest message of every input that has a new one."""

@@ -187,6 +187,18 @@ def test_another_image_size_is_refused_once_sizes_are_fixed():
     assert skip.detail.startswith('wrist image: image is 6x4, configured for 4x6')
 
 
+def test_unusable_image_that_grows_old_is_stale():
+    rig = Rig()
+    rig.everything()
+    raw = image_cdr(b'', 4, 6, stamp_ns=START_NS)
+    rig.core.push('wrist', raw, START_NS)
+    assert skip_of(rig).reason is Reason.SHORT_BUFFER
+    rig.now_ns += 300 * MS
+    rig.image('base')
+    rig.joints()
+    assert skip_of(rig).detail == 'wrist image 300 ms old > 100 ms'
+
+
 def test_missing_joint_is_named():
     rig = Rig()
     rig.everything()

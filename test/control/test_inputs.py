@@ -110,12 +110,19 @@ def test_image_is_decoded_once_per_message():
 
 
 def test_unusable_message_is_not_decoded_again():
-    inputs = full_inputs()
-    inputs.push('base', image_cdr(b'', 2, 4, stamp_ns=START_NS), START_NS)
-    first = inputs.observation('header')
-    assert isinstance(first, Skip)
-    assert first.reason is Reason.SHORT_BUFFER
-    assert inputs.malformed() == first
+    calls: list[bytes] = []
+
+    def decode(raw: bytes) -> np.ndarray:
+        calls.append(raw)
+        raise InputFault(Reason.BAD_ENCODING, 'no such conversion')
+
+    inputs = Inputs(FRANKA, make_settings(), foreign_decoder=decode)
+    inputs.push('base', image_cdr(bytes(16), 2, 4, encoding='yuv422', step=8), 1)
+    for _ in range(3):
+        skip = inputs.observation('header')
+        assert isinstance(skip, Skip)
+        assert str(skip) == 'bad_encoding: base image: no such conversion'
+    assert len(calls) == 1
 
 
 def test_nothing_is_known_of_sizes_before_an_image_came():

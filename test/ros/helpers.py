@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import subprocess
 import threading
 import time
 from collections import deque
@@ -13,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState
 from pi05_ros.msg import ActionChunk as ActionChunkMessage
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.executors import Executor, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
@@ -219,21 +221,25 @@ class Observer:
         )
         return self
 
-    def status(self, part: str) -> tuple[int, str, dict[str, str]] | None:
-        """Return level, message and values of the newest status of that part."""
+    def status(self, part: str) -> DiagnosticStatus:
+        """Return the newest status of that part; one without a message while there is none."""
         for message in reversed(self.diagnostics):
             for status in message.status:
                 if status.name.endswith(f': {part}'):
-                    values = {pair.key: pair.value for pair in status.values}
-                    return status.level[0], status.message, values
-        return None
+                    return status
+        return DiagnosticStatus()
+
+    def message(self, part: str) -> str:
+        return self.status(part).message
+
+    def values(self, part: str) -> dict[str, str]:
+        return {pair.key: pair.value for pair in self.status(part).values}
 
     def counts(self) -> dict[str, int]:
         """Return the counters of the Action status, skips by their reason."""
-        found = self.status('Action')
-        if found is None or 'ticks' not in found[2]:
+        values = self.values('Action')
+        if 'ticks' not in values:
             return {}
-        values = found[2]
         counts = {name: int(values[name]) for name in ('ticks', 'actions', 'skipped')}
         for item in values['skipped by reason'].split(', '):
             reason, _, count = item.partition('=')
@@ -242,16 +248,62 @@ class Observer:
         return counts
 
 
-class Bench:
-    """A node, its sensors and an observer in one process, spun by the test."""
+class Spinner:
+    """Spins some nodes until something is true, the sensors sending meanwhile."""
 
-    def __init__(self, node: Node, sensors: Sensors, observer: Observer) -> None:
-        self.node = node
+    def __init__(self, sensors: Sensors, observer: Observer, *nodes: Node) -> None:
         self.sensors = sensors
         self.observer = observer
-        self.executor = SingleThreadedExecutor()
-        for member in (node, sensors, observer.node):
+        self.executor: Executor = SingleThreadedExecutor()
+        for member in (sensors, observer.node, *nodes):
             self.executor.add_node(member)
+
+    def until(self, predicate: Callable[[], object], send: bool = True) -> None:
+        """Spin until something is true; sensors send at 50 Hz meanwhile.
+
+        Raises:
+            AssertionError: it never became true.
+        """
+        deadline = time.monotonic() + DEADLINE_S
+        next_send = 0.0
+        while not predicate():
+            assert time.monotonic() < deadline, self.describe()
+            if send and time.monotonic() >= next_send:
+                next_send = time.monotonic() + 0.02
+                self.sensors.send()
+            self.executor.spin_once(timeout_sec=0.005)
+
+    def describe(self) -> str:
+        """Say what the node said last, for a test that waited in vain."""
+        parts = ('Lifecycle', 'Inputs', 'Action')
+        return '; '.join(f'{part}: {self.observer.message(part)}' for part in parts)
+
+    def request_state(self, transition: int) -> Future:
+        """Ask for a transition through the node's service, as ``ros2 lifecycle`` does."""
+        client = self.observer.node.create_client(ChangeState, 'pi05_policy/change_state')
+        request = ChangeState.Request()
+        request.transition.id = transition
+        self.until(client.service_is_ready)
+        return client.call_async(request)
+
+    def change_state(self, transition: int) -> bool:
+        """Ask for a transition and tell whether it worked."""
+        future = self.request_state(transition)
+        self.until(future.done)
+        return future.result().success
+
+    def close(self) -> None:
+        self.executor.shutdown()
+        self.sensors.destroy_node()
+        self.observer.node.destroy_node()
+
+
+class Bench(Spinner):
+    """A node, its sensors and an observer in one process, spun by the test."""
+
+    def __init__(self, node: PolicyNode, sensors: Sensors, observer: Observer) -> None:
+        super().__init__(sensors, observer, node)
+        self.node = node
 
     def configure(self) -> bool:
         """Trigger configure while the sensors stream; tell whether it worked."""
@@ -263,20 +315,22 @@ class Bench:
         assert self.configure(), self.node.last_error
         assert self.node.trigger_activate() == TransitionCallbackReturn.SUCCESS
 
-    def until(self, predicate: Callable[[], object], send: bool = True) -> None:
-        """Spin until something is true; sensors send at 50 Hz meanwhile.
 
-        Raises:
-            AssertionError: it never became true.
-        """
-        deadline = time.monotonic() + DEADLINE_S
-        next_send = 0.0
-        while not predicate():
-            assert time.monotonic() < deadline, f'still not true: {predicate}'
-            if send and time.monotonic() >= next_send:
-                next_send = time.monotonic() + 0.02
-                self.sensors.send()
-            self.executor.spin_once(timeout_sec=0.005)
+class ProcessBench(Spinner):
+    """A node in another process; sensors and an observer here."""
+
+    def __init__(
+        self, process: subprocess.Popen, log: Path, sensors: Sensors, observer: Observer
+    ) -> None:
+        super().__init__(sensors, observer)
+        self.process = process
+        self._log = log
+
+    def log_text(self) -> str:
+        return self._log.read_text()
+
+    def describe(self) -> str:
+        return f'{super().describe()}\n{self.log_text()}'
 
 
 @contextmanager
@@ -299,19 +353,5 @@ def bench(
     try:
         yield made
     finally:
-        made.executor.shutdown()
         node.close()
-        sensors.destroy_node()
-        observer.node.destroy_node()
-
-
-def change_state(bench_: Bench, transition: int) -> bool:
-    """Ask for a transition through the node's service, as ``ros2 lifecycle`` does."""
-    client = bench_.observer.node.create_client(ChangeState, 'pi05_policy/change_state')
-    request = ChangeState.Request()
-    request.transition.id = transition
-    bench_.until(client.service_is_ready)
-    future = client.call_async(request)
-    bench_.until(future.done)
-    bench_.observer.node.destroy_client(client)
-    return future.result().success
+        made.close()
