@@ -9,24 +9,22 @@ every step lie in a table, so a graph captured once per step count serves every 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from pi05_ros.engine.denoise_tuning import DenoiseTuning, GemmTiling, load_denoise_tuning
+from pi05_ros.engine.denoise_layers import ClusterLayer, LayerBuffers, TritonLayer, row_block
+from pi05_ros.engine.denoise_tuning import DenoiseTuning, load_denoise_tuning
 from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import GATE, table_row
-from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted, requests_per_row
+from pi05_ros.engine.kernels.adarms import table_row
+from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
+from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
-
-_MAX_ROW_BLOCK = 64
 
 
 class DenoiseStage:
@@ -40,7 +38,7 @@ class DenoiseStage:
         horizon: rows H of ``noise`` and ``actions``.
         max_steps: largest step count of a launch.
         dtype: storage dtype of weights and activations.
-        tuning: block sizes; None takes the measured ones of this GPU, or the defaults.
+        kernels: 'cuda-clusters', 'triton', or 'auto': clusters where GPU and shape allow them.
     Raises:
         BackendError: the model's shape does not fit the kernels, or tensors do not fit together.
     """
@@ -56,21 +54,43 @@ class DenoiseStage:
         horizon: int,
         max_steps: int,
         dtype: torch.dtype = torch.bfloat16,
-        tuning: DenoiseTuning | None = None,
+        kernels: str = 'auto',
     ) -> None:
         check_inputs(config, keys, values, n_prefix, horizon, max_steps, dtype)
         self.config, self.horizon, self.max_steps, self.dtype = config, horizon, max_steps, dtype
         self.keys, self.values, self.n_prefix = keys, values, n_prefix
         self.device = keys.device
-        self.row_block = row_block(horizon)
-        self.tuning = tuning or load_denoise_tuning(self.device, config.expert, self.row_block)
         self.weights: ExpertWeights = expert_weights(state, config, max_steps, dtype, self.device)
         self.noise = torch.zeros(horizon, config.action_dim, device=self.device)
         self.actions = torch.zeros_like(self.noise)
         self.cos, self.sin = rope_table(config, keys.shape[1] + horizon, dtype, self.device)
-        self._pdl = self.tuning.pdl and has_pdl(self.device)
-        self._allocate()
-        self._plan()
+        self.buffers = self._layer_buffers()
+        self._choose_kernels(kernels)
+
+    def use_tuning(self, tuning: DenoiseTuning) -> None:
+        """Run the Triton kernels with other block sizes; a graph captured before is stale."""
+        self.layer = TritonLayer(self.buffers, self.weights, self.config.expert, tuning)
+
+    @property
+    def backend(self) -> str:
+        """Name of the kernels that run, for the diagnostics."""
+        return self.layer.name
+
+    def _choose_kernels(self, kernels: str) -> None:
+        expert, device = self.config.expert, self.device
+        if kernels == 'auto':
+            misfit = cluster_misfit(expert, self.horizon, self.keys.shape[1])
+            usable = has_pdl(device) and self.dtype == torch.bfloat16 and misfit is None
+            kernels = 'cuda-clusters' if usable else 'triton'
+        self.layer: ClusterLayer | TritonLayer
+        if kernels == 'cuda-clusters':
+            self.layer = ClusterLayer(self.buffers, self.weights, expert)
+        elif kernels == 'triton':
+            self.use_tuning(load_denoise_tuning(device, expert, row_block(self.horizon)))
+        else:
+            raise BackendError(
+                f"kernels must be 'auto', 'cuda-clusters' or 'triton', got {kernels!r}"
+            )
 
     def launch(self, num_steps: int) -> None:
         """Enqueue a whole run from ``noise`` to ``actions`` on the current stream.
@@ -93,26 +113,15 @@ class DenoiseStage:
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
-        weights = self.weights
-        modulations = weights.modulations[table_row(num_steps, step)]
-        attention_mod, mlp_mod = modulations[2 * layer], modulations[2 * layer + 1]
-        self._launch_qkv(weights.qkv[layer], attention_mod)
-        self._launch_attention(self.keys[layer], self.values[layer])
-        self._launch_residual(
-            self._attention_out, self._attended, weights.attention_out[layer],
-            attention_mod[GATE], self._ssq_attention,
-        )  # fmt: skip
-        self._launch_gate_up(weights.gate_up[layer], mlp_mod)
-        self._launch_residual(
-            self._down, self._activated, weights.down[layer], mlp_mod[GATE], self._ssq_mlp
-        )
+        modulations = self.weights.modulations[table_row(num_steps, step)]
+        self.layer.launch(layer, modulations[2 * layer], modulations[2 * layer + 1])
 
     def launch_step_end(self, num_steps: int, step: int) -> None:
         """Enqueue the Euler update and, unless it was the last step, the next step's input."""
         source = self.noise if step == 0 else self.actions
         self._launch_euler(
             source, table_row(num_steps, step), step_size(num_steps),
-            leave=True, enter=step + 1 < num_steps, pdl=self._pdl,
+            leave=True, enter=step + 1 < num_steps, pdl=self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:
@@ -151,107 +160,23 @@ class DenoiseStage:
         if not 1 <= num_steps <= self.max_steps:
             raise BackendError(f'num_steps {num_steps} is outside 1 to {self.max_steps}')
 
-    def _allocate(self) -> None:
-        """Make the workspace; every launch reuses it, one kernel's output at a time."""
+    def _layer_buffers(self) -> LayerBuffers:
         expert, rows = self.config.expert, self.horizon
-        heads, width = expert.num_heads, expert.width
-        splits = self.tuning.attention.splits
 
-        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def buffer(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-        self._x = buffer(rows, width, dtype=self.dtype)
-        self._qkv = buffer(heads + 2, rows, expert.head_dim, dtype=self.dtype)
-        self._attended = buffer(rows, heads * expert.head_dim, dtype=self.dtype)
-        self._activated = buffer(rows, expert.mlp_dim, dtype=self.dtype)
-        self._split_sums = buffer(splits, heads * rows, expert.head_dim)
-        self._split_max = buffer(splits, heads * rows)
-        self._split_norm = buffer(splits, heads * rows)
-
-    def _plan(self) -> None:
-        """Turn the tuning into launch arguments that fit this model's shape."""
-        expert, tuning = self.config.expert, self.tuning
-        width, head_dim = expert.width, expert.head_dim
-        row_blocks = triton.cdiv(self.horizon, self.row_block)
-        self._attention_out = _ResidualPlan(
-            tuning.attention_out, 'heads * head_dim', expert.num_heads * head_dim,
-            width, row_blocks, self.row_block, self._x,
-        )  # fmt: skip
-        self._down = _ResidualPlan(
-            tuning.down, 'mlp_dim', expert.mlp_dim, width, row_blocks, self.row_block, self._x
+        return LayerBuffers(
+            x=buffer(rows, expert.width),
+            qkv=buffer(expert.num_heads + 2, rows, expert.head_dim),
+            attended=buffer(rows, expert.num_heads * expert.head_dim),
+            activated=buffer(rows, expert.mlp_dim),
+            keys=self.keys,
+            values=self.values,
+            n_prefix=self.n_prefix,
+            cos=self.cos,
+            sin=self.sin,
         )
-        self._ssq_attention = torch.zeros(
-            self.horizon, self._attention_out.parts, device=self.device
-        )
-        self._ssq_mlp = torch.zeros(self.horizon, self._down.parts, device=self.device)
-        self._qkv_args = self._normed(tuning.qkv, 'head_dim / 2', head_dim // 2, self._down.parts)
-        self._gate_up_args = self._normed(
-            tuning.gate_up, 'mlp_dim', expert.mlp_dim, self._attention_out.parts
-        )
-        self._qkv_grid = (
-            (expert.num_heads + 2) * (head_dim // 2 // self._qkv_args['HALF']), row_blocks
-        )  # fmt: skip
-        self._gate_up_grid = (expert.mlp_dim // self._gate_up_args['HALF'], row_blocks)
-
-    def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:
-        """Return the launch arguments that the two products behind a norm share."""
-        expert = self.config.expert
-        half = block_size(size, tiling.columns // 2, name)
-        return {
-            'K': expert.width,
-            'PARTS': parts,
-            'PARTS_POW2': triton.next_power_of_2(parts),
-            'EPS': expert.rms_norm_eps,
-            'BM': self.row_block,
-            'HALF': half,
-            'BK': block_size(expert.width, tiling.depth, 'width'),
-            'PER_ROW': requests_per_row(half, expert.width, tiling.warps, self.dtype.itemsize),
-            'PDL': self._pdl,
-            'launch_pdl': self._pdl,
-            'num_warps': tiling.warps,
-            'num_stages': tiling.stages,
-        }
-
-    def _launch_qkv(self, weight: Tensor, modulation: Tensor) -> None:
-        expert = self.config.expert
-        small_gemm.qkv_rope_kernel[self._qkv_grid](
-            self._x, self._ssq_mlp, modulation, weight, self.cos, self.sin, self.n_prefix,
-            self._qkv, self.horizon, expert.num_heads, D=expert.head_dim, **self._qkv_args,
-        )  # fmt: skip
-
-    def _launch_gate_up(self, weight: Tensor, modulation: Tensor) -> None:
-        small_gemm.gate_up_kernel[self._gate_up_grid](
-            self._x, self._ssq_attention, modulation, weight, self._activated, self.horizon,
-            N=self.config.expert.mlp_dim, **self._gate_up_args,
-        )  # fmt: skip
-
-    def _launch_residual(
-        self, plan: _ResidualPlan, a: Tensor, weight: Tensor, gate: Tensor, ssq: Tensor
-    ) -> None:
-        small_gemm.gated_residual_kernel[plan.grid](
-            a, weight, gate, self._x, ssq, plan.partials, plan.counters, self.horizon,
-            PDL=self._pdl, launch_pdl=self._pdl, **plan.args,
-        )  # fmt: skip
-
-    def _launch_attention(self, keys: Tensor, values: Tensor) -> None:
-        expert, tiling = self.config.expert, self.tuning.attention
-        heads, head_dim = expert.num_heads, expert.head_dim
-        rows = heads * self.horizon
-        sums, tops, norms = self._split_sums, self._split_max, self._split_norm
-        split_attention.attend_kernel[(triton.cdiv(rows, tiling.rows), tiling.splits)](
-            self._qkv, keys, values, self.n_prefix, sums, tops, norms,
-            self.horizon, heads, head_dim**-0.5 * math.log2(math.e),
-            D=head_dim, SPLITS=tiling.splits, BM=tiling.rows, BN=tiling.keys,
-            PER_ROW=requests_per_row(tiling.keys, head_dim, tiling.warps, self.dtype.itemsize),
-            PDL=self._pdl, launch_pdl=self._pdl,
-            num_warps=tiling.warps, num_stages=tiling.stages,
-        )  # fmt: skip
-        split_attention.merge_kernel[(rows,)](
-            sums, tops, norms, self.n_prefix, self._attended, self.horizon, heads,
-            D=head_dim, SPLITS=tiling.splits, SPLITS_POW2=triton.next_power_of_2(tiling.splits),
-            BN=tiling.keys, PDL=self._pdl, launch_pdl=self._pdl,
-            num_warps=self.tuning.merge_warps,
-        )  # fmt: skip
 
     def _launch_euler(
         self, source: Tensor, row: int, dt: float, *, leave: bool, enter: bool, pdl: bool
@@ -259,51 +184,15 @@ class DenoiseStage:
         weights, width = self.weights, self.config.expert.width
         actions = self.config.action_dim
         euler.euler_kernel[(self.horizon,)](
-            self._x, weights.modulations[row, -1], weights.action_out, weights.action_out_bias,
-            weights.action_in, weights.action_in_bias, source, self.actions, self._ssq_mlp,
-            dt, actions, W=width, PARTS=self._down.parts,
-            PARTS_POW2=triton.next_power_of_2(self._down.parts),
+            self.buffers.x, weights.modulations[row, -1],
+            weights.action_out, weights.action_out_bias,
+            weights.action_in, weights.action_in_bias, source, self.actions, self.layer.ssq,
+            dt, actions, W=width, PARTS=self.layer.parts,
+            PARTS_POW2=triton.next_power_of_2(self.layer.parts),
             EPS=self.config.expert.rms_norm_eps, A_POW2=triton.next_power_of_2(actions),
             BK=block_size(width, 256, 'width'), LEAVE=leave, ENTER=enter,
-            PDL=pdl, launch_pdl=pdl, num_warps=self.tuning.euler_warps,
+            PDL=pdl, launch_pdl=pdl, num_warps=8,
         )  # fmt: skip
-
-
-class _ResidualPlan:
-    """Launch arguments and workspace of one product that ends in the residual stream."""
-
-    def __init__(
-        self, tiling: GemmTiling, name: str, depth: int, width: int,
-        row_blocks: int, rows: int, like: Tensor,
-    ) -> None:  # fmt: skip
-        columns = block_size(width, tiling.columns, 'width')
-        splits = tiling.splits
-        while depth % splits or depth // splits % 16:
-            splits -= 1
-        block = block_size(depth // splits, tiling.depth, name)
-        self.parts = width // columns
-        self.grid = (self.parts, splits, row_blocks)
-        tiles = self.parts * row_blocks
-        self.partials = torch.zeros(tiles, splits, rows, columns, device=like.device)
-        self.counters = torch.zeros(tiles, dtype=torch.int32, device=like.device)
-        self.args: dict[str, Any] = {
-            'N': width,
-            'K': depth,
-            'SPLITS': splits,
-            'BM': rows,
-            'BN': columns,
-            'BK': block,
-            'PER_ROW': requests_per_row(
-                columns, depth // splits, tiling.warps, like.element_size()
-            ),
-            'num_warps': tiling.warps,
-            'num_stages': tiling.stages,
-        }
-
-
-def row_block(horizon: int) -> int:
-    """Return the rows per block: the horizon's next power of two, within what a block can hold."""
-    return min(_MAX_ROW_BLOCK, max(16, triton.next_power_of_2(horizon)))
 
 
 def step_size(num_steps: int) -> float:

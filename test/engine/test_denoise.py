@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pi05_ros.engine.denoise import DenoiseStage, row_block
+from pi05_ros.engine.denoise import DenoiseStage
+from pi05_ros.engine.denoise_layers import row_block
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
@@ -44,10 +45,11 @@ def _stage(state, *, prefix=40, room=64, horizon=10, max_steps=3, tuning=_SMALL,
         'horizon': horizon,
         'max_steps': max_steps,
         'dtype': torch.float32,
-        'tuning': tuning,
+        'kernels': 'triton',
         **changes,
     }
     stage = DenoiseStage(state, config, **arguments)
+    stage.use_tuning(tuning)
     noise = torch.randn(stage.noise.shape, generator=generator)
     stage.noise.copy_(noise)
     return stage

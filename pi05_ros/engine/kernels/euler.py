@@ -19,7 +19,7 @@ from pi05_ros.engine.kernels.launch import let_next_start, wait_for_previous
 @triton.jit
 def euler_kernel(
     x_ptr,  # (M, W) residual stream; read if LEAVE, written if ENTER
-    mod_ptr,  # (3, W) f32 of the final norm
+    mod_ptr,  # (3, W) f32, final norm
     w_out_ptr, b_out_ptr,  # (A, W), (A,) f32
     w_in_ptr, b_in_ptr,  # (W, A), (W,) f32
     from_ptr,  # (M, A) f32: x_t before the step

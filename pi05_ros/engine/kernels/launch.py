@@ -44,35 +44,33 @@ def wait_for_previous(PDL: tl.constexpr):
 def prefetch_rows(
     ptr,  # first element of the block
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,  # elements per row, contiguous
+    COLS: tl.constexpr,  # elements per row, contiguous; 16 bytes times a power of two
     STRIDE: tl.constexpr,  # elements between rows
-    PER_ROW: tl.constexpr,  # requests per row
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Ask for a (ROWS, COLS) block to be brought into L2, without waiting for it."""
+    """Ask for a (ROWS, COLS) block to be brought into L2, without waiting for it.
+
+    The request is a uniform instruction: lanes of a warp with different addresses would issue
+    theirs one after the other. So all lanes of a warp ask for the same range, each warp for its
+    own, in as few rounds as there are rows per warp.
+    """
     if PDL:
         element_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-        part: tl.constexpr = COLS // PER_ROW
-        row = tl.arange(0, ROWS)[:, None]
-        col = tl.arange(0, PER_ROW)[None, :] * part
-        address = (ptr + row * STRIDE + col).to(tl.int64)
-        size = tl.full((ROWS, PER_ROW), part * element_bytes, tl.int32)
-        tl.inline_asm_elementwise(
-            'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;',
-            '=r,l,r',
-            [address, size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-def requests_per_row(rows: int, cols: int, warps: int, element_bytes: int) -> int:
-    """Return how many prefetch requests to make per row: one per thread, each of 16 n bytes."""
-    requests = 1
-    while requests * rows < warps * 32 and cols * element_bytes % (requests * 2 * 16) == 0:
-        requests *= 2
-    return requests
+        per_row: tl.constexpr = 1 if ROWS >= WARPS else WARPS // ROWS
+        part: tl.constexpr = COLS // per_row
+        size = tl.full((WARPS * 32,), part * element_bytes, tl.int32)
+        for round in tl.static_range(ROWS * per_row // WARPS):
+            request = round * WARPS + tl.arange(0, WARPS * 32) // 32
+            at = request // per_row * STRIDE + request % per_row * part
+            tl.inline_asm_elementwise(
+                'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;',
+                '=r,l,r',
+                [(ptr + at).to(tl.int64), size],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 def is_interpreted() -> bool:

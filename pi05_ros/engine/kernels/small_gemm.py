@@ -29,13 +29,13 @@ def _normed_products(
     first_ptr, second_ptr,  # first row of two blocks of HALF weight rows
     rows, M,
     K: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr, EPS: tl.constexpr,
-    BM: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr, PER_ROW: tl.constexpr,
+    BM: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Return adarms(x) @ first^T and adarms(x) @ second^T, both (BM, HALF) float32."""
     let_next_start(PDL)
-    prefetch_rows(first_ptr, HALF, K, K, PER_ROW, PDL)
-    prefetch_rows(second_ptr, HALF, K, K, PER_ROW, PDL)
+    prefetch_rows(first_ptr, 1, HALF * K, 0, WARPS, PDL)
+    prefetch_rows(second_ptr, 1, HALF * K, 0, WARPS, PDL)
     wait_for_previous(PDL)
 
     row_mask = rows < M
@@ -67,7 +67,7 @@ def qkv_rope_kernel(
     M, heads,
     K: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr,
-    PER_ROW: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of HALF rotation pairs (j, j + D/2) of one head."""
     tiles: tl.constexpr = D // 2 // HALF
@@ -77,7 +77,7 @@ def qkv_rope_kernel(
     first_ptr = w_ptr + (head * D + col0) * K
     first, second = _normed_products(
         x_ptr, ssq_ptr, mod_ptr, first_ptr, first_ptr + (D // 2) * K, rows, M,
-        K, PARTS, PARTS_POW2, EPS, BM, HALF, BK, PER_ROW, PDL,
+        K, PARTS, PARTS_POW2, EPS, BM, HALF, BK, WARPS, PDL,
     )  # fmt: skip
 
     dtype = x_ptr.dtype.element_ty
@@ -108,14 +108,14 @@ def gate_up_kernel(
     M,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr,
-    PER_ROW: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows, HALF columns of the product gelu_tanh(gate) * up."""
     col0 = tl.program_id(0) * HALF
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     gate, up = _normed_products(
         x_ptr, ssq_ptr, mod_ptr, w_ptr + col0 * K, w_ptr + (N + col0) * K, rows, M,
-        K, PARTS, PARTS_POW2, EPS, BM, HALF, BK, PER_ROW, PDL,
+        K, PARTS, PARTS_POW2, EPS, BM, HALF, BK, WARPS, PDL,
     )  # fmt: skip
 
     dtype = x_ptr.dtype.element_ty
@@ -157,7 +157,7 @@ def gated_residual_kernel(
     M,
     N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PER_ROW: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one K range of a (BM, BN) tile; the last to finish sums the ranges in order.
 
@@ -171,7 +171,6 @@ def gated_residual_kernel(
     rows = tl.program_id(2) * BM + tl.arange(0, BM)
     row_mask = rows < M
     let_next_start(PDL)
-    prefetch_rows(w_ptr + tile_n * BN * K + split * depth, BN, depth, K, PER_ROW, PDL)
 
     if depth == BK:
         # One block deep: the weights can be in registers before the activations exist.
@@ -181,6 +180,7 @@ def gated_residual_kernel(
         a = tl.load(a_ptr + rows[:, None] * K + ks[None, :], mask=row_mask[:, None], other=0.0)
         acc = tl.dot(a, w, input_precision='ieee')
     else:
+        prefetch_rows(w_ptr + tile_n * BN * K + split * depth, BN, depth, K, WARPS, PDL)
         wait_for_previous(PDL)
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, depth, BK):

@@ -38,7 +38,7 @@ def attend_kernel(
     max_ptr, norm_ptr,  # (SPLITS, heads * M) f32, written; max is in units of log2
     M, heads, log2_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PER_ROW: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, one range of key blocks."""
     split = tl.program_id(1)
@@ -52,8 +52,8 @@ def attend_kernel(
     end = tl.minimum(begin + per_split, blocks)
     let_next_start(PDL)
     if (begin + 1) * BN <= n_prefix:
-        prefetch_rows(k_ptr + begin * BN * D, BN, D, D, PER_ROW, PDL)
-        prefetch_rows(v_ptr + begin * BN * D, BN, D, D, PER_ROW, PDL)
+        prefetch_rows(k_ptr + begin * BN * D, 1, BN * D, 0, WARPS, PDL)
+        prefetch_rows(v_ptr + begin * BN * D, 1, BN * D, 0, WARPS, PDL)
     wait_for_previous(PDL)
 
     if begin < blocks:

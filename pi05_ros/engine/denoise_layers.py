@@ -1,0 +1,270 @@
+"""One expert layer as kernel launches: the cluster kernels, or the portable Triton kernels.
+
+Both read and write the same :class:`LayerBuffers` and compute the same function; which one a
+stage uses is decided once, when it is built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pi05_ros.engine.denoise_tuning import DenoiseTuning, GemmTiling
+from pi05_ros.engine.expert_weights import ExpertWeights
+from pi05_ros.engine.kernels import small_gemm, split_attention
+from pi05_ros.engine.kernels.adarms import GATE
+from pi05_ros.engine.kernels.cluster_layer import PARTS, ClusterKernels
+from pi05_ros.engine.kernels.launch import block_size, has_pdl
+from pi05_ros.model.config import GemmaConfig
+
+_MAX_ROW_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class LayerBuffers:
+    """What a layer reads and writes; reused by every layer and step."""
+
+    x: Tensor  # (H, W) residual stream
+    qkv: Tensor  # (heads + 2, H, D)
+    attended: Tensor  # (H, heads * D)
+    activated: Tensor  # (H, F)
+    keys: Tensor  # (L, P_max, D) prefix
+    values: Tensor  # (L, P_max, D) prefix
+    n_prefix: Tensor  # (1,) int32
+    cos: Tensor  # (P_max + H, D / 2)
+    sin: Tensor  # (P_max + H, D / 2)
+
+
+class ClusterLayer:
+    """Five CUDA kernels per layer, for GPUs with thread block clusters."""
+
+    name = 'cuda-clusters'
+    parts = PARTS
+
+    def __init__(
+        self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig
+    ) -> None:
+        horizon, device = buffers.x.shape[0], buffers.x.device
+        self._buffers, self._weights = buffers, weights
+        self._kernels = ClusterKernels(expert, horizon, buffers.keys.shape[1], device)
+        self.ssq = torch.zeros(horizon, PARTS, device=device)
+        self._log2_scale = expert.head_dim**-0.5 * math.log2(math.e)
+        self.prefetch = True
+        self.pdl = True
+
+    def launch(self, layer: int, attention_mod: Tensor, mlp_mod: Tensor) -> None:
+        """Enqueue one layer; the modulations are (3, W) rows of the table."""
+        self.launch_qkv(layer, attention_mod)
+        self.launch_attend(layer)
+        self.launch_attention_out(layer, attention_mod[GATE])
+        self.launch_gate_up(layer, mlp_mod)
+        self.launch_down(layer, mlp_mod[GATE])
+
+    # Each kernel also asks for the weights of a later one that are not on their way yet.
+    def launch_qkv(self, layer: int, modulation: Tensor) -> None:
+        b, w = self._buffers, self._weights
+        self._launch(
+            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
+        )  # fmt: skip
+
+    def launch_attend(self, layer: int) -> None:
+        b, w = self._buffers, self._weights
+        self._launch(
+            'attend',
+            (b.qkv, b.keys[layer], b.values[layer], b.n_prefix, b.attended, self._log2_scale),
+            w.gate_up[layer],
+        )
+
+    def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+        b, w = self._buffers, self._weights
+        self._launch(
+            'attention_out', (b.attended, w.attention_out[layer], gate, b.x, self.ssq),
+            w.down[layer],
+        )  # fmt: skip
+
+    def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
+        b, w = self._buffers, self._weights
+        self._launch(
+            'gate_up', (b.x, self.ssq, modulation, w.gate_up[layer], b.activated),
+            w.qkv[(layer + 1) % len(w.qkv)],
+        )  # fmt: skip
+
+    def launch_down(self, layer: int, gate: Tensor) -> None:
+        b, w = self._buffers, self._weights
+        following = w.attention_out[(layer + 1) % len(w.qkv)]
+        self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
+
+    def _launch(self, name: str, arguments: tuple, prefetch: Tensor | None = None) -> None:
+        self._kernels.launch(name, arguments, prefetch if self.prefetch else None, self.pdl)
+
+
+class TritonLayer:
+    """Six Triton kernels per layer, for any GPU that Triton knows, and for its interpreter."""
+
+    name = 'triton'
+
+    def __init__(
+        self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig,
+        tuning: DenoiseTuning,
+    ) -> None:  # fmt: skip
+        self._buffers, self._weights, self._expert = buffers, weights, expert
+        self.tuning = tuning
+        self.horizon = buffers.x.shape[0]
+        self.row_block = row_block(self.horizon)
+        self.pdl = tuning.pdl and has_pdl(buffers.x.device)
+        self._plan()
+
+    def launch(self, layer: int, attention_mod: Tensor, mlp_mod: Tensor) -> None:
+        """Enqueue one layer; the modulations are (3, W) rows of the table."""
+        self.launch_qkv(layer, attention_mod)
+        self.launch_attend(layer)
+        self.launch_merge()
+        self.launch_attention_out(layer, attention_mod[GATE])
+        self.launch_gate_up(layer, mlp_mod)
+        self.launch_down(layer, mlp_mod[GATE])
+
+    def _plan(self) -> None:
+        """Turn the tuning into launch arguments and workspace that fit this model's shape."""
+        expert, tuning, x = self._expert, self.tuning, self._buffers.x
+        width, head_dim = expert.width, expert.head_dim
+        split_rows = (tuning.attention.splits, expert.num_heads * self.horizon)
+        self._split_sums = torch.zeros(*split_rows, head_dim, device=x.device)
+        self._split_max, self._split_norm = torch.zeros(2, *split_rows, device=x.device)
+        row_blocks = triton.cdiv(self.horizon, self.row_block)
+        self._attention_out = _ResidualPlan(
+            tuning.attention_out, 'heads * head_dim', expert.num_heads * head_dim,
+            width, row_blocks, self.row_block, x,
+        )  # fmt: skip
+        self._down = _ResidualPlan(
+            tuning.down, 'mlp_dim', expert.mlp_dim, width, row_blocks, self.row_block, x
+        )
+        self.parts = self._down.parts
+        self._ssq_attention = torch.zeros(
+            self.horizon, self._attention_out.parts, device=x.device
+        )
+        self.ssq = torch.zeros(self.horizon, self.parts, device=x.device)
+        self._qkv_args = self._normed(tuning.qkv, 'head_dim / 2', head_dim // 2, self.parts)
+        self._gate_up_args = self._normed(
+            tuning.gate_up, 'mlp_dim', expert.mlp_dim, self._attention_out.parts
+        )
+        self._qkv_grid = (
+            (expert.num_heads + 2) * (head_dim // 2 // self._qkv_args['HALF']), row_blocks
+        )  # fmt: skip
+        self._gate_up_grid = (expert.mlp_dim // self._gate_up_args['HALF'], row_blocks)
+
+    def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:
+        """Return the launch arguments that the two products behind a norm share."""
+        expert = self._expert
+        half = block_size(size, tiling.columns // 2, name)
+        return {
+            'K': expert.width,
+            'PARTS': parts,
+            'PARTS_POW2': triton.next_power_of_2(parts),
+            'EPS': expert.rms_norm_eps,
+            'BM': self.row_block,
+            'HALF': half,
+            'BK': block_size(expert.width, tiling.depth, 'width'),
+            'WARPS': tiling.warps,
+            'PDL': self.pdl,
+            'launch_pdl': self.pdl,
+            'num_warps': tiling.warps,
+            'num_stages': tiling.stages,
+        }
+
+    def launch_qkv(self, layer: int, modulation: Tensor) -> None:
+        b, expert = self._buffers, self._expert
+        small_gemm.qkv_rope_kernel[self._qkv_grid](
+            b.x, self.ssq, modulation, self._weights.qkv[layer], b.cos, b.sin, b.n_prefix,
+            b.qkv, self.horizon, expert.num_heads, D=expert.head_dim, **self._qkv_args,
+        )  # fmt: skip
+
+    def launch_attend(self, layer: int) -> None:
+        b, expert, tiling = self._buffers, self._expert, self.tuning.attention
+        head_dim = expert.head_dim
+        row_blocks = triton.cdiv(expert.num_heads * self.horizon, tiling.rows)
+        split_attention.attend_kernel[(row_blocks, tiling.splits)](
+            b.qkv, b.keys[layer], b.values[layer], b.n_prefix,
+            self._split_sums, self._split_max, self._split_norm,
+            self.horizon, expert.num_heads, head_dim**-0.5 * math.log2(math.e),
+            D=head_dim, SPLITS=tiling.splits, BM=tiling.rows, BN=tiling.keys,
+            WARPS=tiling.warps, PDL=self.pdl, launch_pdl=self.pdl,
+            num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+
+    def launch_merge(self) -> None:
+        b, expert, tiling = self._buffers, self._expert, self.tuning.attention
+        split_attention.merge_kernel[(expert.num_heads * self.horizon,)](
+            self._split_sums, self._split_max, self._split_norm, b.n_prefix,
+            b.attended, self.horizon, expert.num_heads,
+            D=expert.head_dim, SPLITS=tiling.splits,
+            SPLITS_POW2=triton.next_power_of_2(tiling.splits), BN=tiling.keys,
+            PDL=self.pdl, launch_pdl=self.pdl, num_warps=self.tuning.merge_warps,
+        )  # fmt: skip
+
+    def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+        weight = self._weights.attention_out[layer]
+        self._launch_residual(
+            self._attention_out, self._buffers.attended, weight, gate, self._ssq_attention
+        )
+
+    def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
+        b = self._buffers
+        small_gemm.gate_up_kernel[self._gate_up_grid](
+            b.x, self._ssq_attention, modulation, self._weights.gate_up[layer], b.activated,
+            self.horizon, N=self._expert.mlp_dim, **self._gate_up_args,
+        )  # fmt: skip
+
+    def launch_down(self, layer: int, gate: Tensor) -> None:
+        self._launch_residual(
+            self._down, self._buffers.activated, self._weights.down[layer], gate, self.ssq
+        )
+
+    def _launch_residual(
+        self, plan: _ResidualPlan, a: Tensor, weight: Tensor, gate: Tensor, ssq: Tensor
+    ) -> None:
+        small_gemm.gated_residual_kernel[plan.grid](
+            a, weight, gate, self._buffers.x, ssq, plan.partials, plan.counters, self.horizon,
+            PDL=self.pdl, launch_pdl=self.pdl, **plan.args,
+        )  # fmt: skip
+
+
+class _ResidualPlan:
+    """Launch arguments and workspace of one product that ends in the residual stream."""
+
+    def __init__(
+        self, tiling: GemmTiling, name: str, depth: int, width: int,
+        row_blocks: int, rows: int, like: Tensor,
+    ) -> None:  # fmt: skip
+        columns = block_size(width, tiling.columns, 'width')
+        splits = tiling.splits
+        while depth % splits or depth // splits % 16:
+            splits -= 1
+        block = block_size(depth // splits, tiling.depth, name)
+        self.parts = width // columns
+        self.grid = (self.parts, splits, row_blocks)
+        tiles = self.parts * row_blocks
+        self.partials = torch.zeros(tiles, splits, rows, columns, device=like.device)
+        self.counters = torch.zeros(tiles, dtype=torch.int32, device=like.device)
+        self.args: dict[str, Any] = {
+            'N': width,
+            'K': depth,
+            'SPLITS': splits,
+            'BM': rows,
+            'BN': columns,
+            'BK': block,
+            'WARPS': tiling.warps,
+            'num_warps': tiling.warps,
+            'num_stages': tiling.stages,
+        }
+
+
+def row_block(horizon: int) -> int:
+    """Return the rows per block: the horizon's next power of two, within what a block can hold."""
+    return min(_MAX_ROW_BLOCK, max(16, triton.next_power_of_2(horizon)))
+
+

@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""Check and time the denoise stage on a GPU with random full-size weights.
+
+    python scripts/bench_denoise.py --check             parity with the plain twin
+    python scripts/bench_denoise.py --time              a step, and each kernel of a layer
+    python scripts/bench_denoise.py --retune            find and store block sizes
+
+Weights of all layers are different tensors, so every step reads them from HBM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pi05_ros.engine.denoise import DenoiseStage
+from pi05_ros.engine.denoise_tuner import (
+    CANDIDATES,
+    UNFIT,
+    time_graph_us,
+    time_run_us,
+    tune,
+)
+from pi05_ros.engine.denoise_layers import TritonLayer
+from pi05_ros.engine.denoise_tuning import save_denoise_tuning
+from pi05_ros.engine.kernels.adarms import GATE
+from pi05_ros.model.config import Pi05Config
+
+
+def random_state(config: Pi05Config, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return expert tensors by openpi key name, scaled so that activations stay of order one."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device) * scale
+
+    expert, actions = config.expert, config.action_dim
+    width, heads = expert.width, expert.num_heads * expert.head_dim
+    at = 'paligemma_with_expert.gemma_expert.model.'
+    state = {}
+    products = {
+        'self_attn.q_proj': (heads, width), 'self_attn.k_proj': (expert.head_dim, width),
+        'self_attn.v_proj': (expert.head_dim, width), 'self_attn.o_proj': (width, heads),
+        'mlp.gate_proj': (expert.mlp_dim, width), 'mlp.up_proj': (expert.mlp_dim, width),
+        'mlp.down_proj': (width, expert.mlp_dim),
+    }  # fmt: skip
+    norms = [f'{at}norm.dense']
+    for layer in range(expert.depth):
+        for name, (n, k) in products.items():
+            state[f'{at}layers.{layer}.{name}.weight'] = normal(n, k, scale=k**-0.5).bfloat16()
+        norms += [f'{at}layers.{layer}.{n}_layernorm.dense' for n in ('input', 'post_attention')]
+    linears = {
+        'time_mlp_in': (width, width), 'time_mlp_out': (width, width),
+        'action_in_proj': (width, actions), 'action_out_proj': (actions, width),
+    }  # fmt: skip
+    linears |= {name: (3 * width, width) for name in norms}
+    for name, (n, k) in linears.items():
+        state[f'{name}.weight'] = normal(n, k, scale=k**-0.5)
+        state[f'{name}.bias'] = normal(n, scale=0.3)
+    return state
+
+
+def make_stage(
+    config: Pi05Config, state: dict[str, torch.Tensor], *, horizon: int, prefix: int,
+    room: int = 968, max_steps: int = 10, kernels: str = 'auto',
+) -> DenoiseStage:  # fmt: skip
+    """Return a stage over a random prefix, with random noise."""
+    generator = torch.Generator('cuda').manual_seed(1)
+    shape = (config.expert.depth, room, config.expert.head_dim)
+    keys, values = (
+        torch.randn(shape, generator=generator, device='cuda').bfloat16() for _ in range(2)
+    )
+    n_prefix = torch.tensor([prefix], dtype=torch.int32, device='cuda')
+    stage = DenoiseStage(
+        state, config, keys=keys, values=values, n_prefix=n_prefix, horizon=horizon,
+        max_steps=max_steps, kernels=kernels,
+    )  # fmt: skip
+    stage.noise.normal_(generator=generator)
+    return stage
+
+
+def check(config: Pi05Config, state: dict[str, torch.Tensor], kernels: str) -> list[dict]:
+    """Compare kernels with the plain twin, a graph with no graph, and a run with itself."""
+    rows = []
+    for horizon, prefix, num_steps in (
+        (50, 968, 10), (50, 712, 10), (50, 552, 3), (50, 261, 1), (15, 712, 10), (10, 552, 10),
+        (10, 901, 3),
+    ):  # fmt: skip
+        stage = make_stage(config, state, horizon=horizon, prefix=prefix, kernels=kernels)
+        stage.launch(num_steps)
+        actions = stage.actions.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            stage.launch(num_steps)
+        same = []
+        for _ in range(20):
+            stage.actions.fill_(float('nan'))
+            graph.replay()
+            same.append(torch.equal(stage.actions, actions))
+        bf16 = stage.eager(num_steps)
+        exact = float32_twin(config, state, stage).eager(num_steps)
+        row = {
+            'kernels': stage.backend, 'horizon': horizon, 'prefix': prefix, 'num_steps': num_steps,
+            'cos_bf16': cosine(actions, bf16), 'cos_fp32': cosine(actions, exact),
+            'cos_bf16_fp32': cosine(bf16, exact),
+            'max_error': (actions - bf16).abs().max().item(),
+            'same_bits': all(same),
+        }  # fmt: skip
+        print(row)
+        rows.append(row)
+    return rows
+
+
+def float32_twin(config, state, stage: DenoiseStage) -> DenoiseStage:
+    """Return a float32 stage over the same prefix and noise, for its plain twin."""
+    twin = DenoiseStage(
+        state, config, keys=stage.keys.float(), values=stage.values.float(),
+        n_prefix=stage.n_prefix, horizon=stage.horizon, max_steps=stage.max_steps,
+        dtype=torch.float32,
+    )  # fmt: skip
+    twin.noise.copy_(stage.noise)
+    return twin
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the cosine of two tensors taken as vectors."""
+    return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
+    """Return one enqueue function per kernel of a layer, taking the layer."""
+    layer, mods = stage.layer, stage.weights.modulations[0]
+    chains = {
+        'qkv': lambda i: layer.launch_qkv(i, mods[2 * i]),
+        'attend': layer.launch_attend,
+        'merge': lambda i: layer.launch_merge(),
+        'attention_out': lambda i: layer.launch_attention_out(i, mods[2 * i, GATE]),
+        'gate_up': lambda i: layer.launch_gate_up(i, mods[2 * i + 1]),
+        'down': lambda i: layer.launch_down(i, mods[2 * i + 1, GATE]),
+    }
+    if not isinstance(layer, TritonLayer):
+        del chains['merge']
+    return chains
+
+
+def time_kernels(stage: DenoiseStage) -> dict[str, float]:
+    """Return microseconds per launch of each kernel, in a chain of itself over all layers."""
+    depth = stage.config.expert.depth
+    chains = kernel_chains(stage)
+
+    def chain(names: list[str]) -> float:
+        def enqueue() -> None:
+            for _ in range(3):
+                for layer in range(depth):
+                    for name in names:
+                        chains[name](layer)
+
+        return time_graph_us(enqueue) / depth / 3
+
+    times = {name: chain([name]) for name in chains}
+    times['layer'] = chain(list(chains))
+    times |= {f'layer without {n}': chain([m for m in chains if m != n]) for n in chains}
+    ends = [lambda: stage.launch_step_end(2, 0)] * 20
+    times['end of step'] = time_graph_us(lambda: [end() for end in ends]) / len(ends)
+    return times
+
+
+def time_steps(stage: DenoiseStage) -> dict[str, float]:
+    """Return milliseconds of whole runs by step count."""
+    return {str(n): time_run_us(stage, n, 50) / 1e3 for n in (1, 2, 3, 5, 10)}
+
+
+def raise_clocks(seconds: float = 1.5) -> str:
+    """Keep the GPU busy until its clocks are up; return what nvidia-smi reads meanwhile."""
+    a, b = torch.randn(2, 8192, 8192, device='cuda').bfloat16()
+    query = ['nvidia-smi', '--format=csv,noheader']
+    query += ['--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,pstate']
+    query[-1] += ',clocks_event_reasons.active'
+    started = time.perf_counter()
+    reading = ''
+    while time.perf_counter() - started < seconds:
+        for _ in range(100):
+            torch.mm(a, b)
+        if time.perf_counter() - started > seconds / 2 and not reading:
+            reading = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        torch.cuda.synchronize()
+    return reading
+
+
+def copy_bandwidth_tb_s() -> float:
+    """Return terabytes per second of a large device copy, read and written bytes together."""
+    source = torch.empty(2**31, dtype=torch.uint8, device='cuda').random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_graph_us(lambda: target.copy_(source)) / 1e6
+
+
+def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
+    """Compile every ``parts``-th candidate into Triton's cache, with a one-layer model."""
+    shallow = replace(
+        config, expert=replace(config.expert, depth=1), vlm=replace(config.vlm, depth=1)
+    )
+    stage = make_stage(
+        shallow, random_state(shallow, 'cuda'), horizon=horizon, prefix=900, max_steps=2,
+        kernels='triton',
+    )
+    jobs = [(field, choice) for field, choices in CANDIDATES.items() for choice in choices]
+    base = stage.layer.tuning
+    for field, choice in jobs[part::parts]:
+        try:
+            stage.use_tuning(replace(base, **{field: choice}))
+            stage.launch(2)
+        except UNFIT as unfit:
+            print(field, choice, type(unfit).__name__)
+    torch.cuda.synchronize()
+
+
+def precompile_all(horizon: int, parts: int) -> None:
+    """Run :func:`precompile` in ``parts`` processes side by side."""
+    command = [sys.executable, __file__, '--horizon', str(horizon), '--parts', str(parts)]
+    workers = [subprocess.Popen([*command, '--precompile', str(i)]) for i in range(parts)]
+    for worker in workers:
+        worker.wait()
+
+
+def main() -> None:
+    """Run what the options ask for and print one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='parity with the plain twin')
+    parser.add_argument('--time', action='store_true', help='time steps and single kernels')
+    parser.add_argument('--retune', action='store_true', help='find and store block sizes')
+    parser.add_argument('--horizon', type=int, default=50)
+    parser.add_argument('--prefix', type=int, default=968, help='valid prefix tokens')
+    parser.add_argument('--parts', type=int, default=12, help='processes that compile')
+    parser.add_argument('--kernels', default='auto', help='auto, cuda-clusters or triton')
+    parser.add_argument('--precompile', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--json', type=Path, help='write all figures here')
+    options = parser.parse_args()
+    config = Pi05Config.full()
+    if options.precompile is not None:
+        precompile(config, options.precompile, options.parts, options.horizon)
+        return
+    result: dict = {'gpu': torch.cuda.get_device_name(), 'torch': torch.__version__}
+    result['clocks'] = raise_clocks()
+    print(result['clocks'])
+    result['copy_tb_s'] = copy_bandwidth_tb_s()
+    state = random_state(config, 'cuda')
+    if options.check:
+        result['check'] = check(config, state, options.kernels)
+    stage = make_stage(
+        config, state, horizon=options.horizon, prefix=options.prefix, kernels=options.kernels
+    )
+    print('clocks', raise_clocks())
+    if options.time:
+        report_times(stage, result)
+    if options.retune:
+        retune(stage, options, result)
+        report_times(stage, result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k not in ('check', 'tried')}))
+
+
+def report_times(stage: DenoiseStage, result: dict) -> None:
+    """Time steps and kernels, print them, add them to ``result``."""
+    result['run_ms'] = time_steps(stage)
+    result['kernels_us'] = time_kernels(stage)
+    for name, value in result['kernels_us'].items():
+        print(f'{name:28s} {value:7.2f} us')
+    print('run ms by steps', result['run_ms'])
+
+
+def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> None:
+    """Search block sizes, print every try, store the result with the package."""
+    started = time.perf_counter()
+    precompile_all(options.horizon, options.parts)
+    print(f'compiled in {time.perf_counter() - started:.0f} s')
+    tried: list = []
+
+    def report(field: str, choice: object, outcome: float | str) -> None:
+        values = asdict(choice) if hasattr(choice, '__dataclass_fields__') else choice
+        tried.append([field, values, outcome])
+        brief = ' '.join(map(str, values.values())) if isinstance(values, dict) else values
+        shown = outcome if isinstance(outcome, str) else f'{outcome:.1f}'
+        print(f'{field:14s} {brief!s:20s} {shown}', flush=True)
+
+    tuning = tune(stage, report)
+    print(f'tuned in {time.perf_counter() - started:.0f} s: {tuning}')
+    result['tuning'], result['tried'] = asdict(tuning), tried
+    path = save_denoise_tuning(result['gpu'], stage.config.expert, stage.row_block, tuning)
+    print(f'stored in {path}')
+    if options.json:
+        (options.json.parent / path.name).write_text(path.read_text())
+
+
+if __name__ == '__main__':
+    main()
