@@ -97,7 +97,7 @@ def as_dict(
         return content | {'ticks': 0, 'actions': 0, 'skips': {}}
     log = replay.action_log({})
     acted = [r for r in replay.results if r.chunk is not None]
-    return _without_nan(
+    return without_nan(
         content
         | {
             'settings': asdict(replay.settings),
@@ -214,10 +214,10 @@ def _stages(log: TimingLog) -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
-    """Replace NaN, which JSON lacks, by None."""
+def without_nan(value: Any) -> Any:
+    """Replace what JSON lacks, NaN and infinity, by None."""
     if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
