@@ -100,6 +100,7 @@ class ControlCore:
         self.action_rate = RateMeter()
         self._next_tick = 0
         self._last_tick_ns: int | None = None
+        self._origin = (0, 0)  # a tick's time and number, from which missed ones are counted
         self._clock_ns: int | None = None
         self._jumped = False
         self._used_images: dict[str, int] = {}
@@ -216,15 +217,23 @@ class ControlCore:
         return None, skip, None
 
     def _count_missed(self, now_ns: int) -> None:
-        """Count the periods that passed without a tick because the one before took too long."""
+        """Count the periods that passed without a tick because the one before took too long.
+
+        They are counted from the first tick on, not from the last: a tick that is only late, up
+        to three quarters of a period, is followed by one in time, and none is missed.
+        """
         last_ns, self._last_tick_ns = self._last_tick_ns, now_ns
         if last_ns is None or now_ns - last_ns > MAX_OVERRUN_NS:
+            self._origin = (now_ns, self._next_tick)
             return
-        missed = round((now_ns - last_ns) / self.settings.period_ns) - 1
+        period_ns = self.settings.period_ns
+        origin_ns, origin_tick = self._origin
+        due_tick = origin_tick + (now_ns - origin_ns + period_ns // 4) // period_ns
+        missed = due_tick - self._next_tick
         if missed > 0:
             self.counters.ticks += missed
             self.counters.skips[Reason.OVERRUN] += missed
-            self.recent.extend([False] * missed)
+            self.recent.extend([False] * min(missed, self.recent.maxlen or 0))
             self._next_tick += missed
 
     def _record(self, result: TickResult) -> None:

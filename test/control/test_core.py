@@ -279,6 +279,23 @@ def test_jitter_below_half_a_period_is_no_overrun(jitter_ms):
     assert rig.core.counters.skips == {}
 
 
+def test_late_tick_followed_by_one_in_time_misses_nothing():
+    rig = Rig()
+    for after_ms in (50, 50, 85, 15, 50, 50):
+        rig.fresh_tick(after_ms)
+    assert rig.core.counters.skips == {}
+    assert rig.core.counters.ticks == 6
+
+
+def test_ticks_of_twice_the_period_miss_every_second_one():
+    rig = Rig()
+    for _ in range(5):
+        result = rig.fresh_tick(after_ms=100)
+    assert rig.core.counters.skips == {Reason.OVERRUN: 4}
+    assert result.tick == 8
+    rig.assert_consistent()
+
+
 def test_a_long_pause_of_the_clock_is_no_overrun():
     rig = Rig()
     rig.fresh_tick()
