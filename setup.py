@@ -29,6 +29,20 @@ GENERATOR_MODULES = {
     'rosidl_generator_py': 'ros-rosidl-generator-py',
 }
 
+# ROS 2 is not in this list: it is either sourced, or installed from requirements/.
+REQUIREMENTS = [
+    'matplotlib',
+    'numpy',
+    'pillow',
+    'pydantic>=2',
+    'pyyaml',
+    'rich',
+    'rosbags>=0.10',
+    'safetensors',
+    'sentencepiece',
+    'torch>=2.4',
+]
+
 
 class BuildError(SystemExit):
     """Ends the build with one message and no traceback."""
@@ -178,36 +192,28 @@ class PlatformDistribution(Distribution):
         return True
 
 
-manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+def main() -> None:
+    """Hand the metadata to setuptools."""
+    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    setup(
+        name='pi05_ros',
+        version=manifest.findtext('version'),
+        description=' '.join((manifest.findtext('description') or '').split()),
+        license='Apache-2.0',
+        python_requires='>=3.10',
+        packages=['pi05_ros'],
+        install_requires=REQUIREMENTS,
+        entry_points={
+            'console_scripts': [
+                'pi05-ros = pi05_ros.tools.cli:main',
+                'policy_node = pi05_ros.policy_node:main',
+            ],
+        },
+        cmdclass={'build_py': CMakeBuild},
+        distclass=PlatformDistribution,
+        zip_safe=False,
+    )
 
-setup(
-    name='pi05_ros',
-    version=manifest.findtext('version'),
-    description=' '.join((manifest.findtext('description') or '').split()),
-    license='Apache-2.0',
-    python_requires='>=3.10',
-    packages=['pi05_ros'],
-    # ROS 2 is not in this list: it is either sourced, or installed from requirements/.
-    install_requires=[
-        'matplotlib',
-        'numpy',
-        'nvidia-ml-py',
-        'pillow',
-        'pydantic>=2',
-        'pyyaml',
-        'rich',
-        'rosbags>=0.10',
-        'safetensors',
-        'sentencepiece',
-        'torch>=2.4',
-    ],
-    entry_points={
-        'console_scripts': [
-            'pi05-ros = pi05_ros.tools.cli:main',
-            'policy_node = pi05_ros.policy_node:main',
-        ],
-    },
-    cmdclass={'build_py': CMakeBuild},
-    distclass=PlatformDistribution,
-    zip_safe=False,
-)
+
+if __name__ == '__main__':
+    main()
