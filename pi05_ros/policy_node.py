@@ -19,7 +19,7 @@ from pi05_ros.control.loading import check_settings, load
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import Skip
-from pi05_ros.ros.bridge import RosLogHandler, environment, hardware_id
+from pi05_ros.ros.bridge import RosLogHandler, environment, find_converter, hardware_id
 from pi05_ros.ros.diagnostics import DiagnosticsPublisher
 from pi05_ros.ros.lifecycle import ManagedNode
 from pi05_ros.ros.outputs import check_carries
@@ -53,9 +53,12 @@ class PolicyNode(ManagedNode):
         self._last_skip: Skip | None = None
         self._progress = ''
         self._clock_watch = ClockWatch()
-        self._environment = environment(self)
+        self._converter = find_converter()
+        self._environment = environment(self, self._converter)
         self._log_handler = RosLogHandler(self.get_logger())
-        logging.getLogger('pi05_ros').addHandler(self._log_handler)
+        log = logging.getLogger('pi05_ros')
+        log.addHandler(self._log_handler)
+        log.setLevel(logging.DEBUG)  # the node's own level decides
         self._node_parameters = NodeParameters(self, self._change_settings)
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
 
@@ -69,7 +72,7 @@ class PolicyNode(ManagedNode):
         self._report_progress('checking the files')
         robot = check_settings(settings)
         check_carries(settings.action_interface, robot)
-        self._session = Session(self, settings, robot)
+        self._session = Session(self, settings, robot, self._converter.decode)
         self._session.open(self._load_policy, self._report_progress)
         assert self._session.running is not None
         self._diagnostics.hardware_id = hardware_id(self._session.running.policy.info.device)
@@ -97,7 +100,11 @@ class PolicyNode(ManagedNode):
             return  # the timer fired once more while the node failed
         core = session.running.core
         health = core.health
-        result = session.tick()
+        try:
+            result = session.tick()
+        except Exception as error:  # e.g. the middleware: the node must not go on half-working
+            self.fail(error)
+            return
         self._log_change(result.skip)
         if result.error is not None:
             self.fail(result.error)

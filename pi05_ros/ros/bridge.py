@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
+from dataclasses import dataclass
 
 import numpy as np
 from rclpy.impl.rcutils_logger import RcutilsLogger
@@ -17,24 +17,39 @@ from pi05_ros.control.images import ForeignDecoder, decoder_name
 from pi05_ros.control.reasons import InputFault, Reason
 
 
-def foreign_decoder() -> ForeignDecoder | None:
-    """Return a decoder of every encoding that cv_bridge knows; None where it is not installed."""
-    if find_spec('cv_bridge') is None:
-        return None
-    from cv_bridge import CvBridge, CvBridgeError
+@dataclass(frozen=True)
+class Converter:
+    """cv_bridge, or why it cannot help.
 
-    bridge = CvBridge()
+    Args:
+        state: for the diagnostics: ``installed``, or what is wrong.
+        decode: None where it is not installed.
+    """
+
+    state: str
+    decode: ForeignDecoder | None
+
+
+def find_converter() -> Converter:
+    """Look for cv_bridge; it is needed only for images in other encodings than the native ones."""
+    try:
+        import cv_bridge
+    except ImportError as error:
+        # Installed, but for another NumPy or OpenCV: that is worth knowing.
+        absent = isinstance(error, ModuleNotFoundError) and error.name == 'cv_bridge'
+        return Converter('not installed' if absent else f'cannot be imported: {error}', None)
+    bridge = cv_bridge.CvBridge()
 
     def decode(raw: bytes) -> np.ndarray:
         message = deserialize_message(bytes(raw), Image)
         try:
             return np.asarray(bridge.imgmsg_to_cv2(message, desired_encoding='rgb8'))
-        except (CvBridgeError, ValueError, TypeError) as error:
+        except (cv_bridge.CvBridgeError, ValueError, TypeError) as error:
             raise InputFault(
                 Reason.BAD_ENCODING, f'cv_bridge cannot convert {message.encoding!r}: {error}'
             ) from error
 
-    return decode
+    return Converter('installed', decode)
 
 
 class RosLogHandler(logging.Handler):
@@ -67,11 +82,12 @@ def hardware_id(device: str) -> str:
     return f'{properties.name} {str(properties.uuid)[-12:]}'
 
 
-def environment(node: Node) -> dict[str, str]:
+def environment(node: Node, converter: Converter) -> dict[str, str]:
     """Name what decides whether two nodes hear each other, and the version that runs."""
     return {
         'RMW': get_rmw_implementation_identifier(),
         'ROS_DOMAIN_ID': str(node.context.get_domain_id()),
         'pi05_ros version': __version__,
         'compressed image decoder': decoder_name(),
+        'cv_bridge': converter.state,
     }

@@ -13,6 +13,7 @@ from rclpy.lifecycle import LifecycleNode
 from pi05_ros.control import status
 from pi05_ros.control.core import ControlCore, TickResult
 from pi05_ros.control.gates import NS_PER_MS
+from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.loading import WARM_UP_PROMPT, warm_up
 from pi05_ros.control.parameters import NodeSettings
@@ -21,7 +22,6 @@ from pi05_ros.control.statistics import TickStatistics
 from pi05_ros.policy.robot import RobotSpec
 from pi05_ros.policy.types import ActionChunk, Observation
 
-from .bridge import foreign_decoder
 from .outputs import ActionOutput, Provenance
 from .subscriptions import InputSubscriptions
 from .timing import TimingOutput
@@ -48,18 +48,25 @@ class Session:
     Args:
         node: owner of the subscriptions and publishers.
         robot: has been checked against the settings.
+        foreign_decoder: for image encodings that are not read natively.
     Attributes:
         running: None until :meth:`open` has finished.
     """
 
-    def __init__(self, node: LifecycleNode, settings: NodeSettings, robot: RobotSpec) -> None:
+    def __init__(
+        self,
+        node: LifecycleNode,
+        settings: NodeSettings,
+        robot: RobotSpec,
+        foreign_decoder: ForeignDecoder | None,
+    ) -> None:
         self.settings = settings
         self.robot = robot
         self.running: Running | None = None
         self.statistics = TickStatistics()
         self._node = node
         self._policy: Policy | None = None
-        self._inputs = Inputs(robot, settings, foreign_decoder())
+        self._inputs = Inputs(robot, settings, foreign_decoder)
         self._feeds = InputSubscriptions(node, self._inputs.topics, self._inputs.push)
 
     def open(self, load_policy: LoadPolicy, report: Callable[[str], None]) -> None:

@@ -109,7 +109,9 @@ class PolledSubscription:
         """Why a publisher does not match, and what to change; empty while all match."""
         if not self._mismatched:
             return ''
-        return explain_publishers(self._node, self.topic, self.resolved_topic)
+        fault = find_mismatch(self._node, self.topic, self.resolved_topic)
+        self._mismatched = bool(fault)  # the publisher may have gone
+        return fault
 
     def poll(self) -> Taken | None:
         """Take the newest message (raw CDR and the middleware's message info), if one came."""
@@ -121,8 +123,6 @@ class PolledSubscription:
                 if taken is None:
                     break
                 newest = taken
-        if newest is not None:
-            self._mismatched = False
         return newest
 
     def sequence_of(self, info: Mapping[str, Any]) -> int | None:
@@ -175,7 +175,8 @@ class PolledSubscription:
 
     def _on_mismatch(self, info: Any) -> None:
         self._mismatched = True
-        self._node.get_logger().error(self.qos_fault)
+        if self.qos_fault:
+            self._node.get_logger().error(self.qos_fault)
 
     def _on_lost(self, info: Any) -> None:
         self.lost = info.total_count
@@ -264,20 +265,26 @@ def input_qos(topic: InputTopic) -> QoSProfile:
 
 
 def explain_publishers(node: Node, topic: InputTopic, resolved: str) -> str:
-    """Say who publishes on a topic and why that does not reach this node, with the remedy."""
-    publishers = node.get_publishers_info_by_topic(resolved)
-    if not publishers:
+    """Say why nothing comes on a topic, with the remedy."""
+    count = node.count_publishers(resolved)
+    if not count:
         domain = node.context.get_domain_id()
         return f'nobody publishes on {resolved} (ROS_DOMAIN_ID {domain}); start it, or remap'
+    fault = find_mismatch(node, topic, resolved)
+    return fault or f'{count} publisher(s) on {resolved} match but send nothing'
+
+
+def find_mismatch(node: Node, topic: InputTopic, resolved: str) -> str:
+    """Name a publisher whose type or QoS keeps its messages from us; empty if there is none."""
     wanted = input_qos(topic)
-    for publisher in publishers:
+    for publisher in node.get_publishers_info_by_topic(resolved):
         who = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
         if publisher.topic_type != topic.type_name:
             return f'{who} publishes {publisher.topic_type} on {resolved}, not {topic.type_name}'
         verdict, _ = qos_check_compatible(publisher.qos_profile, wanted)
         if verdict == QoSCompatibility.ERROR:
             return f'{who} publishes {resolved} with other QoS: {_qos_remedy(topic, publisher)}'
-    return f'{len(publishers)} publisher(s) on {resolved} match but send nothing'
+    return ''
 
 
 def _qos_remedy(topic: InputTopic, publisher: Any) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState
-from pi05_ros.msg import ActionChunk as ActionChunkMessage
 from rclpy.executors import Executor, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
@@ -28,6 +27,7 @@ from std_msgs.msg import String
 
 from pi05_ros.control.reasons import Reason
 from pi05_ros.engine.pipeline import StageTimes
+from pi05_ros.msg import ActionChunk as ActionChunkMessage
 from pi05_ros.policy.policy import PolicyInfo
 from pi05_ros.policy.robot import RobotSpec, load_robot
 from pi05_ros.policy.types import ActionChunk, Observation
@@ -344,9 +344,8 @@ def bench(
     chosen = {'checkpoint': str(TINY), 'prompt': TASK, 'rate_hz': 20.0, **(parameters or {})}
     overrides = [Parameter(name, value=value) for name, value in chosen.items()]
     policy = policy or SmallPolicy(load_robot('franka'))
-    node = PolicyNode(
-        load_policy=lambda settings, sizes: policy, parameter_overrides=overrides, **options
-    )
+    options.setdefault('load_policy', lambda settings, sizes: policy)
+    node = PolicyNode(parameter_overrides=overrides, **options)
     sensors = sensors or Sensors()
     observer = Observer(rclpy.create_node('test_observer')).listen()
     made = Bench(node, sensors, observer)

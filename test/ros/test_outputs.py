@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from builtin_interfaces.msg import Duration
 from helpers import TIMES, SmallPolicy, bench
-from pi05_ros.msg import ActionChunk as ActionChunkMessage
-from pi05_ros.msg import StageTiming
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
+from pi05_ros.msg import ActionChunk as ActionChunkMessage
+from pi05_ros.msg import StageTiming
 from pi05_ros.policy.robot import ActionDim, load_robot
 from pi05_ros.policy.types import ActionChunk
 from pi05_ros.ros.outputs import (

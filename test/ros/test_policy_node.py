@@ -14,10 +14,13 @@ from lifecycle_msgs.msg import Transition
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_msgs.msg import String
 
+from pi05_ros.control.loading import load
 from pi05_ros.policy.errors import PromptError
 from pi05_ros.policy.robot import load_robot
 from pi05_ros.policy.types import Observation
+from pi05_ros.tools.random_checkpoint import make_checkpoint
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
 
@@ -263,6 +266,17 @@ def test_latched_task_from_before_the_node_came_replaces_the_parameter():
         b.until(lambda: b.observer.values('Inputs').get('task from') == 'topic')
 
 
+def test_task_that_is_not_latched_says_how_to_publish_it():
+    with bench() as b:
+        b.start()
+        b.until(lambda: b.observer.chunks)
+        publisher = b.sensors.create_publisher(String, 'task_prompt', 1)
+        b.until(lambda: '--qos-durability transient_local' in b.observer.message('Inputs'))
+        assert b.observer.status('Inputs').level == DiagnosticStatus.ERROR
+        b.sensors.destroy_publisher(publisher)
+        b.until(lambda: b.observer.message('Inputs') == 'all inputs fresh')
+
+
 def test_without_a_task_nothing_is_published_until_one_comes():
     with bench(parameters={'prompt': ''}) as b:
         b.start()
@@ -304,6 +318,32 @@ def test_broken_policy_frees_everything_and_the_node_can_be_configured_again():
         b.until(lambda: 'CUDA error' in b.observer.message('Lifecycle'))
         broken = False
         b.start()
+
+
+def test_middleware_that_fails_in_a_tick_ends_the_active_state():
+    with bench() as b:
+        b.start()
+        b.until(lambda: b.observer.chunks)
+
+        def fail() -> None:
+            raise RuntimeError('cannot publish')
+
+        b.node._session.tick = fail
+        b.until(lambda: b.node.lifecycle_state == 'unconfigured')
+        assert b.node.last_error == 'act: RuntimeError: cannot publish'
+
+
+def test_real_policy_is_freed_by_cleanup(tmp_path):
+    make_checkpoint('tiny', tmp_path / 'tiny', seed=0)
+    with bench(parameters={'checkpoint': str(tmp_path / 'tiny')}, load_policy=load) as b:
+        for _ in range(2):
+            b.start()
+            seen = len(b.observer.chunks)
+            b.until(lambda seen=seen: len(b.observer.chunks) > seen)
+            gone = weakref.ref(b.node._session.running.policy.pipeline)
+            assert b.node.trigger_deactivate() == SUCCESS
+            assert b.node.trigger_cleanup() == SUCCESS
+            assert gone() is None
 
 
 def test_exception_in_a_transition_is_reported_and_leaves_the_node_usable():
