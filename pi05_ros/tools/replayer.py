@@ -42,6 +42,9 @@ from .remapping import Remapping
 if TYPE_CHECKING:
     from pi05_ros.policy.policy import Policy
 
+# A longer silence of all inputs is a wrong receive stamp; ticking through it could take days.
+MAX_SILENCE_NS = 3_600_000_000_000
+
 LoadPolicy = Callable[[NodeSettings, Mapping[str, tuple[int, int]]], 'Policy']
 
 
@@ -153,6 +156,7 @@ class Replay:
             due_ns = self._configure(bag, messages)
             self._mark()
             for message in messages:
+                self._check_silence(bag, message)
                 while due_ns < message.receive_ns:
                     due_ns = self._tick(due_ns)
                 self._push(message)
@@ -215,6 +219,15 @@ class Replay:
         self.core = ControlCore(self.inputs, policy, self.settings)
         period_ns = self.settings.period_ns
         return -(-self.last_ns // period_ns) * period_ns
+
+    def _check_silence(self, bag: Bag, message: BagMessage) -> None:
+        silence_ns = message.receive_ns - self.last_ns
+        if silence_ns > MAX_SILENCE_NS:
+            raise ReplayError(
+                f'{bag.path}: no input for {silence_ns / 3.6e12:.1f} hours before the message on '
+                f'{message.topic} with the receive stamp {message.receive_ns}; cut the recording '
+                'there'
+            )
 
     def _observation(self) -> Observation | Skip:
         """Decode what has come, as the live node does before it loads the policy."""

@@ -119,6 +119,23 @@ def test_a_sensor_that_never_sends_anything_usable_is_named(make, tmp_path, poli
     assert policy.seen == []
 
 
+def test_a_receive_stamp_of_another_age_ends_the_replay_and_keeps_the_ticks(make, tmp_path):
+    rows = shipped_rows()
+    stray = (*rows[-1][:2], rows[-1][2] + 2 * 10**18, rows[-1][3])
+    run = make()
+    with pytest.raises(ReplayError, match=r'no input for 555555\.6 hours before the message on'):
+        replay(run, write_bag(tmp_path / 'bag', [*rows, stray]))
+    assert len(run.results) == 11
+
+
+def test_a_pause_of_the_recording_is_counted(make, tmp_path):
+    start_ns = shipped_rows()[0][2]
+    rows = [row for row in shipped_rows() if not 0.1e9 < row[2] - start_ns < 0.4e9]
+    run = replay(make(), write_bag(tmp_path / 'bag', rows))
+    reasons = [result.skip and str(result.skip.reason) for result in run.results]
+    assert reasons == [*[None] * 3, *['stale_input'] * 5, *[None] * 4]
+
+
 def test_a_policy_that_breaks_ends_the_replay_and_keeps_the_ticks(make, short_bag, policy):
     def fail(tick: int) -> None:
         if len(policy.seen) == 5:
