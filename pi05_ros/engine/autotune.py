@@ -131,7 +131,15 @@ def _recorded(ops: FusedOps) -> Iterator[Recording]:
     recording = Recording({}, {})
     linear = ops.linear
 
-    def record_linear(x, weight, out, *, bias=None, residual=None, gelu=False) -> None:
+    def record_linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        gelu: bool = False,
+    ) -> None:
         signature = signature_of(x, weight, out, bias, residual, gelu)
         call = LinearCall(x, weight, out, bias, residual, gelu)
         recording.linears.setdefault(signature, []).append(call)
@@ -195,7 +203,7 @@ def _tune_kernel(
 ) -> tuple[dict[str, int] | None, TunedKernel]:
     module, others = _KERNELS[name]
     kernel, launches = getattr(module, name), 10
-    candidates = [dict(module.DEFAULT_LAUNCH), *others]
+    candidates = [module.default_launch(arguments[0].device), *others]
 
     def run_with(settings: dict[str, int]) -> Callable[[], None]:
         def run() -> None:

@@ -60,6 +60,16 @@ def build_pipeline(
         ) from cause
 
 
+def choose_backend(backend: str, device: str) -> tuple[str, torch.device]:
+    """Return the backend and the device that :func:`build_pipeline` would take.
+
+    Raises:
+        BackendError: as there.
+    """
+    chosen_device = _resolve_device(device, backend)
+    return _resolve_backend(backend, chosen_device)[0], chosen_device
+
+
 def _resolve_device(device: str, backend: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if device == 'auto':

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,15 +19,16 @@ import torch
 from pi05_ros.model.checkpoint import Checkpoint, load_state
 from pi05_ros.model.config import Pi05Config
 
+from .autotune import TunedKernel, tune
 from .denoise import DenoiseStage
 from .graphs import StageClock, StageGraph
 from .limits import check_device, check_limits, check_memory
-from .ops import FusedOps, Ops, PlainOps
+from .ops import FusedOps, Ops, PlainGpuOps
 from .pipeline import STAGES, BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
 from .prefill import PrefillStage
 from .preprocess import InputBuffers, PreprocessStage
 from .trace import Trace
-from .tuning import load_choices
+from .tuning import TunedChoices, load_choices
 from .vision import VisionStage
 from .weights import State, pack_prefill, pack_vision
 
@@ -89,6 +91,7 @@ class CudaPipeline(Pipeline):
 
     @property
     def stage_backends(self) -> Mapping[str, str]:
+        """Return 'cuda' for every stage."""
         return dict.fromkeys(STAGES, 'cuda')
 
     @torch.inference_mode()
@@ -99,6 +102,7 @@ class CudaPipeline(Pipeline):
         noise: np.ndarray,
         num_steps: int | None = None,
     ) -> InferenceResult:
+        """Run the captured stages once; see :meth:`Pipeline.infer`."""
         start = time.perf_counter()
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
@@ -125,7 +129,8 @@ class CudaPipeline(Pipeline):
         self.calls += 1
         actions = self._host_actions.numpy().copy()
         total_ms = (time.perf_counter() - start) * 1e3
-        return InferenceResult(actions, StageTimes(*clock.intervals_ms(), total_ms=total_ms))
+        times = [*clock.intervals_ms(), total_ms]
+        return InferenceResult(actions, StageTimes(*times))
 
     @torch.inference_mode()
     def trace(
@@ -160,7 +165,21 @@ class CudaPipeline(Pipeline):
         self.vision.launch()
         self.prefill.launch(rows)
 
+    def tune(self) -> tuple[TunedChoices, list[TunedKernel]]:
+        """Time the kernels of vision and of every prefill length; see :mod:`.autotune`.
+
+        Raises:
+            BackendError: the pipeline runs in float32, which has nothing to choose.
+        """
+        if not isinstance(self._ops, FusedOps):
+            raise BackendError(f'{self.precision} runs plain PyTorch: there is nothing to tune')
+        launches = [self.vision.launch]
+        launches += [partial(self.prefill.launch, rows) for rows in self.prefill.buckets]
+        with torch.cuda.device(self.device), torch.inference_mode():
+            return tune(self._ops, launches, self._stream)
+
     def close(self) -> None:
+        """Free graphs, buffers and weights."""
         for name in ('_prefill_graphs', '_denoise_graphs', '_vision_graph', '_preprocess_graph'):
             self.__dict__.pop(name, None)
         for name in ('preprocess', 'vision', 'prefill', 'denoise', '_inputs', '_ops'):
@@ -205,7 +224,7 @@ class CudaPipeline(Pipeline):
 
     def _choose_ops(self, device: torch.device) -> Ops:
         if self.precision == 'float32':
-            return PlainOps()
+            return PlainGpuOps()
         choices = load_choices(torch.cuda.get_device_name(device))
         _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
         return FusedOps(device, choices)
@@ -215,17 +234,17 @@ class CudaPipeline(Pipeline):
         pool, stream = torch.cuda.graph_pool_handle(), self._stream
         self._inputs.fill_with_longest(self.prefill.num_image_rows)
 
-        def graph(name: str, launch) -> StageGraph:
+        def graph(name: str, launch: Callable[[], None]) -> StageGraph:
             return StageGraph(name, launch, stream, pool)
 
         self._preprocess_graph = graph('preprocess', self.preprocess.launch)
         self._vision_graph = graph('vision', self.vision.launch)
         self._prefill_graphs = {
-            rows: graph(f'prefill of {rows} rows', lambda rows=rows: self.prefill.launch(rows))
+            rows: graph(f'prefill of {rows} rows', partial(self.prefill.launch, rows))
             for rows in self.prefill.buckets
         }
         self._denoise_graphs = {
-            steps: graph(f'denoise of {steps} steps', lambda n=steps: self.denoise.launch(n))
+            steps: graph(f'denoise of {steps} steps', partial(self.denoise.launch, steps))
             for steps in range(1, self.shape.max_steps + 1)
         }
         self._clock = StageClock(7)

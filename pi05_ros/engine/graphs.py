@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class StageGraph:
     """
 
     def __init__(
-        self, name: str, launch: Callable[[], None], stream: torch.cuda.Stream, pool: object
+        self, name: str, launch: Callable[[], None], stream: torch.cuda.Stream, pool: Any
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
         try:

@@ -2,7 +2,7 @@
 
 A stage says what happens; an :class:`Ops` says with what. :class:`FusedOps` are the kernels of
 this package (bfloat16 on a GPU); :class:`PlainOps` are their plain PyTorch twins, which run the
-very same stages in float32 and on a CPU.
+very same stages in float32 and on a CPU. :class:`PlainGpuOps` are those under a graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
 from .kernels import vision_attention as vision
+from .kernels.device import shared_memory_bytes
 from .tuning import TunedChoices
 
 Tensor = torch.Tensor
@@ -87,6 +88,12 @@ class PlainOps:
     gate_up = staticmethod(gate_up.gate_up_plain)
 
 
+class PlainGpuOps(PlainOps):
+    """The plain twins where a graph is captured: the resize is integer arithmetic anyway."""
+
+    resize_to_patches = staticmethod(resize.resize_to_patches)
+
+
 class FusedOps:
     """The kernels, launched with the choices tuned for this GPU or with safe defaults."""
 
@@ -102,13 +109,23 @@ class FusedOps:
         self.choices = choices
         self.gemm = cublaslt.CublasLt(device, choices)
         self.linear = self.gemm.linear
+        self._shared_bytes = shared_memory_bytes(device)
 
     def vision_attention(
         self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
     ) -> None:
-        """Run the kernel with this GPU's block sizes."""
+        """Run the kernel with this GPU's block sizes.
+
+        The kernel keeps a whole view's K and V in shared memory. A GPU with less takes PyTorch's
+        attention, which needs two copies more.
+        """
+        dim = out.shape[1] // num_heads
+        needed = vision.needed_shared_bytes(dim, tokens_per_view, qkv.element_size())
+        if needed > self._shared_bytes:
+            vision.vision_attention_plain(qkv, num_heads, tokens_per_view, out)
+            return
         key = f'vision_attention-{qkv.shape[0]}'
-        launch = self.choices.kernel(key, vision.DEFAULT_LAUNCH)
+        launch = self.choices.kernel(key, vision.default_launch(qkv.device))
         vision.vision_attention(qkv, num_heads, tokens_per_view, out, launch)
 
     def prefill_attention(
@@ -116,6 +133,6 @@ class FusedOps:
     ) -> None:
         """Run the kernel with this GPU's block sizes."""
         key = f'prefill_attention-{q.shape[0]}'
-        launch = self.choices.kernel(key, prefill_attention.DEFAULT_LAUNCH)
+        launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 

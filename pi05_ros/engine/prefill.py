@@ -13,7 +13,7 @@ from pi05_ros.model.config import Pi05Config
 from .kernels.prefill_attention import KEY_ROWS_MULTIPLE
 from .kernels.rope import half_tables
 from .ops import Ops
-from .weights import PrefillWeights
+from .weights import PrefillLayer, PrefillWeights
 
 # GEMM time grows in steps of the tile; finer buckets than this cost graphs and gain nothing.
 BUCKET_TOKENS = 32
@@ -87,23 +87,44 @@ class PrefillStage:
             self.tokens, self.num_tokens, self.weights.embedding, vlm.width**0.5, prompt
         )
         x = self.prefix[:rows]
-        for index in range(vlm.depth):
-            x = self._layer(index, x, rows)
+        for index, layer in enumerate(self.weights.layers):
+            q = self.q[:rows]
+            self._fill_cache(index, x, layer.qkv, q)
+            x = self._finish_layer(index, layer, x, q)
+        self._fill_cache(vlm.depth - 1, x, self.weights.last_kv, None)
 
-    def _layer(self, index: int, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """Enqueue one layer; the first leaves the prefix as it is and continues in ``self.x``."""
-        ops, layer, eps = self.ops, self.weights.layers[index], self.config.rms_norm_eps
-        keys, values = self.keys[index], self.values[index]
-        features = layer.qkv.shape[0]
+    def _fill_cache(
+        self, index: int, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor | None
+    ) -> None:
+        """Enqueue the projection, rotation and K/V write of one layer."""
+        rows, features = x.shape[0], weight.shape[0]
         qkv = self.qkv[: rows * features].view(rows, features)
-        ops.linear(x, layer.qkv, qkv)
-        q = None if layer.out is None else self.q[:rows]
-        ops.rope_kv(qkv, x, self.cos, self.sin, eps, q, keys, values)
-        if q is None:
-            return x
+        self.ops.linear(x, weight, qkv)
+        self.ops.rope_kv(
+            qkv,
+            x,
+            self.cos,
+            self.sin,
+            self.config.rms_norm_eps,
+            q,
+            self.keys[index],
+            self.values[index],
+        )
+
+    def _finish_layer(
+        self, index: int, layer: PrefillLayer, x: torch.Tensor, q: torch.Tensor
+    ) -> torch.Tensor:
+        """Enqueue the rest of a layer; the prefix stays as it is, the residual is ``self.x``."""
+        ops, rows, eps = self.ops, x.shape[0], self.config.rms_norm_eps
         attended, residual = self.attended[:rows], self.x[:rows]
-        scale = self.config.head_dim**-0.5
-        ops.prefill_attention(q, keys, values, self.num_prefix, scale, attended)
+        ops.prefill_attention(
+            q,
+            self.keys[index],
+            self.values[index],
+            self.num_prefix,
+            self.config.head_dim**-0.5,
+            attended,
+        )
         ops.linear(attended, layer.out, residual, residual=x)
         ops.gate_up(residual, layer.gate_up, eps, self.scale, self.hidden[:rows])
         ops.linear(self.hidden[:rows], layer.down, residual, residual=residual)

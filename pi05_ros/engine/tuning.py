@@ -1,6 +1,7 @@
 """Choices that were timed on one GPU: GEMM algorithms and kernel block sizes.
 
-They are stored as one JSON file per GPU name, shipped in ``engine/tuned`` and overridden by the
+They belong to vision and prefill (the denoise keeps its own, see :mod:`.denoise_tuning`) and are
+stored as one JSON file per GPU name, shipped in ``engine/tuned`` and overridden by the
 user's own file (``pi05-ros tune`` writes it). A shape that nobody tuned runs with safe defaults;
 nothing is timed when a pipeline is built, so that the same machine always runs the same kernels.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,18 +98,21 @@ def read_choices(path: Path, gpu: str) -> TunedChoices:
             source=str(path),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(f'{path}: not a tuning file ({error}); remove it or tune again') from None
+        raise BackendError(
+            f'{path}: not a tuning file ({error}); remove it or tune again'
+        ) from None
     if found != (gpu, FORMAT):
         raise BackendError(
-            f'{path}: made for {found[0]} in format {found[1]}, expected {gpu} in format {FORMAT}; '
-            'remove it or tune again'
+            f'{path}: made for {found[0]} in format {found[1]}, expected {gpu} in format '
+            f'{FORMAT}; remove it or tune again'
         )
     return choices
 
 
 def file_name(gpu: str) -> str:
     """Return the file name for a GPU name."""
-    return '_'.join(gpu.split()).replace('/', '_') + '.json'
+    slug = re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')
+    return f'prefix_{slug}.json'
 
 
 def shipped_path(gpu: str) -> Path:

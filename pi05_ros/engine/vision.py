@@ -55,7 +55,9 @@ class VisionStage:
         ops, weights, eps = self.ops, self.weights, self.config.layer_norm_eps
         x, normed = self.x, self.normed
         ops.linear(self.patches, weights.patch, self.embedded, residual=self.offset)
-        source, rounded = self.embedded, x  # the embedding leaves fp32 at the first norm
+        # The embedding leaves fp32 at the first norm.
+        source: torch.Tensor = self.embedded
+        rounded: torch.Tensor | None = x
         for layer in weights.layers:
             norm1, norm2 = layer.norm1, layer.norm2
             ops.layer_norm(source, norm1.weight, norm1.bias, eps, normed, rounded)

@@ -73,23 +73,24 @@ class VisionWeights:
 
 @dataclass(frozen=True)
 class PrefillLayer:
-    """One language-model layer, with the norms' (1 + w) in ``qkv`` and ``gate_up``.
+    """One language-model layer, with the norms' (1 + w) in ``qkv`` and ``gate_up``."""
 
-    The last layer only fills the cache: its ``qkv`` holds k and v, the rest is None.
-    """
-
-    qkv: torch.Tensor  # ((heads + 2) * D, W), or (2 * D, W)
-    out: torch.Tensor | None = None  # (W, heads * D)
-    gate_up: torch.Tensor | None = None  # (2 F, W), gate and up rows alternating
-    down: torch.Tensor | None = None  # (W, F)
+    qkv: torch.Tensor  # ((heads + 2) * D, W)
+    out: torch.Tensor  # (W, heads * D)
+    gate_up: torch.Tensor  # (2 F, W), gate and up rows alternating
+    down: torch.Tensor  # (W, F)
 
 
 @dataclass(frozen=True)
 class PrefillWeights:
-    """Token embedding (vocabulary, W) and the layers."""
+    """Token embedding (vocabulary, W) and the layers.
+
+    The last layer only fills the cache: all that is left of it is k and v, (2 * D, W).
+    """
 
     embedding: torch.Tensor
     layers: tuple[PrefillLayer, ...]
+    last_kv: torch.Tensor
 
 
 class _Taker:
@@ -187,14 +188,11 @@ def pack_prefill(
     """Take the language model out of ``state``; what inference never reads is dropped."""
     take = _Taker(state, dtype, device)
     layers = []
-    for index in range(config.vlm.depth):
+    for index in range(config.vlm.depth - 1):
         prefix = f'{_LANGUAGE}layers.{index}.'
         norm1 = take.fp32(prefix + 'input_layernorm.weight')
         norm2 = take.fp32(prefix + 'post_attention_layernorm.weight')
         attention, mlp = prefix + 'self_attn.', prefix + 'mlp.'
-        if index == config.vlm.depth - 1:
-            layers.append(PrefillLayer(torch.cat(take.folded(attention, ('k_proj', 'v_proj'), norm1))))
-            continue
         layers.append(
             PrefillLayer(
                 qkv=torch.cat(take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1)),
@@ -203,25 +201,10 @@ def pack_prefill(
                 down=take.tensor(mlp + 'down_proj.weight'),
             )
         )
-    name = next(name for name in _EMBEDDINGS if name in state)
-    embedding = take.tensor(name)
+    last = f'{_LANGUAGE}layers.{config.vlm.depth - 1}.'
+    norm1 = take.fp32(last + 'input_layernorm.weight')
+    last_kv = torch.cat(take.folded(last + 'self_attn.', ('k_proj', 'v_proj'), norm1))
+    embedding = take.tensor(next(name for name in _EMBEDDINGS if name in state))
     for left in [name for name in state if name.startswith((_LANGUAGE, *_EMBEDDINGS))]:
         del state[left]
-    return PrefillWeights(embedding, tuple(layers))
-
-
-def weight_bytes(config: Pi05Config, dtype: torch.dtype) -> dict[str, int]:
-    """Return the device bytes of the packed weights per part."""
-    vision, vlm, expert = config.vision, config.vlm, config.expert
-    size = dtype.itemsize
-    tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
-    heads = (2 * vlm.num_heads + 2 * vlm.num_kv_heads) * vlm.head_dim
-    layer = vlm.width * (heads + 3 * vlm.mlp_dim)
-    heads = (2 * expert.num_heads + 2 * expert.num_kv_heads) * expert.head_dim
-    expert_layer = expert.width * (heads + 3 * expert.mlp_dim)
-    return {
-        'vision': size * (tower + vision.width * vlm.width),
-        'language': size * (vlm.depth - 1) * layer,
-        'embedding': size * config.vocab_size * vlm.width,
-        'expert': size * expert.depth * expert_layer,
-    }
+    return PrefillWeights(embedding, tuple(layers), last_kv)

@@ -99,7 +99,9 @@ class _Plan:
 
     def set_int(self, lib: Any, attribute: int, value: int) -> None:
         number = ctypes.c_int32(value)
-        lib.cublasLtMatmulDescSetAttribute(self.desc, attribute, ctypes.byref(number), ctypes.c_size_t(4))
+        lib.cublasLtMatmulDescSetAttribute(
+            self.desc, attribute, ctypes.byref(number), ctypes.c_size_t(4)
+        )
 
     def set_bias(self, lib: Any, bias: torch.Tensor) -> None:
         pointer = ctypes.c_void_p(bias.data_ptr())
@@ -254,6 +256,7 @@ class CublasLt:
         out: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> None:
+        assert plan.algorithm is not None
         source = out if residual is None else residual
         stream = torch.cuda.current_stream(self.device).cuda_stream
         status = self.lib.cublasLtMatmul(

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .device import shared_memory_bytes
+
 
 @triton.jit
 def row_scale(p_x, row, width, eps, BLOCK: tl.constexpr):
@@ -80,12 +82,11 @@ _LARGE_SHARED_BYTES = 200 * 1024
 @cache
 def default_launch(device: torch.device) -> dict[str, int]:
     """Return block sizes that fit a device, and one program per multiprocessor."""
-    if device.type != 'cuda':
-        return {**_SMALL_LAUNCH, 'programs': 4}
-    properties = torch.cuda.get_device_properties(device)
-    large = properties.shared_memory_per_block_optin >= _LARGE_SHARED_BYTES
+    large = shared_memory_bytes(device) >= _LARGE_SHARED_BYTES
     launch = _LARGE_LAUNCH if large else _SMALL_LAUNCH
-    return {**launch, 'programs': properties.multi_processor_count}
+    if device.type != 'cuda':
+        return {**launch, 'programs': 4}
+    return {**launch, 'programs': torch.cuda.get_device_properties(device).multi_processor_count}
 
 
 def gate_up(

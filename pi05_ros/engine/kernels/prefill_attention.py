@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .device import shared_memory_bytes
 
 
 @triton.jit
 def _prefill_attention_kernel(
     p_q,  # (positions * HEADS, DIM)
-    p_keys,  # (>= keys rounded up to BLOCK_N, DIM)
-    p_values,
+    keys_desc,  # (>= keys rounded up to BLOCK_N, DIM)
+    values_desc,
     p_count,  # (1,) int32: valid keys
     p_out,  # (positions * HEADS, DIM)
     num_rows,
@@ -39,14 +42,14 @@ def _prefill_attention_kernel(
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     o_key = tl.arange(0, BLOCK_N)
     for start in range(0, count, BLOCK_N):
-        b_k = tl.load(p_keys + (start + o_key)[:, None] * DIM + o_dim[None, :])
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision='ieee') * scale_log2
+        b_k = keys_desc.load([start, 0])
+        b_scores = tl.dot(b_q, b_k.T, input_precision='ieee') * scale_log2
         b_scores = tl.where((start + o_key < count)[None, :], b_scores, -float('inf'))
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_weights = tl.exp2(b_scores - b_new_max[:, None])
         b_decay = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_weights, axis=1)
-        b_v = tl.load(p_values + (start + o_key)[:, None] * DIM + o_dim[None, :])
+        b_v = values_desc.load([start, 0])
         b_acc = b_acc * b_decay[:, None]
         b_acc = tl.dot(b_weights.to(b_v.dtype), b_v, b_acc, input_precision='ieee')
         b_max = b_new_max
@@ -56,7 +59,17 @@ def _prefill_attention_kernel(
 
 # Keys and values are read in whole blocks: their buffers hold a multiple of this many rows.
 KEY_ROWS_MULTIPLE = 128
-DEFAULT_LAUNCH = {'block_m': 64, 'block_n': 64, 'warps': 4, 'stages': 3}
+# What fits the shared memory of a Hopper multiprocessor, and of any GPU with bfloat16, at the
+# largest head dimension.
+_LARGE_LAUNCH = {'block_m': 64, 'block_n': 64, 'warps': 4, 'stages': 3}
+_SMALL_LAUNCH = {'block_m': 64, 'block_n': 32, 'warps': 4, 'stages': 1}
+_LARGE_SHARED_BYTES = 220 * 1024
+
+
+def default_launch(device: torch.device) -> dict[str, int]:
+    """Return block sizes that fit a device."""
+    large = shared_memory_bytes(device) >= _LARGE_SHARED_BYTES
+    return dict(_LARGE_LAUNCH if large else _SMALL_LAUNCH)
 
 
 def prefill_attention(
@@ -78,14 +91,14 @@ def prefill_attention(
         launch: ``block_m``, ``block_n`` (powers of two up to KEY_ROWS_MULTIPLE), ``warps``,
             ``stages``.
     """
-    launch = launch or DEFAULT_LAUNCH
+    launch = launch or default_launch(q.device)
     dim = keys.shape[1]
     heads = q.shape[1] // dim
     rows = q.shape[0] * heads
     _prefill_attention_kernel[(triton.cdiv(rows, launch['block_m']),)](
         q,
-        keys,
-        values,
+        TensorDescriptor.from_tensor(keys, [launch['block_n'], dim]),
+        TensorDescriptor.from_tensor(values, [launch['block_n'], dim]),
         count,
         out,
         rows,

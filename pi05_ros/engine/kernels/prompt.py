@@ -30,7 +30,7 @@ def _embed_kernel(
 def embed_prompt(
     tokens: torch.Tensor, count: torch.Tensor, table: torch.Tensor, scale: float, out: torch.Tensor
 ) -> None:
-    """Write ``table[tokens] * scale`` for the first ``count`` rows of ``out`` and zero for the rest.
+    """Write ``table[tokens] * scale`` to the first ``count`` rows of ``out``, zero to the rest.
 
     Zero rows stay finite through every layer, so that a padded row, which nobody attends to,
     never turns a masked product into NaN.

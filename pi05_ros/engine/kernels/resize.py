@@ -91,7 +91,7 @@ class ResizeTables:
     Args:
         sizes_px: (height, width) of each raw image.
         boxes: where each lands. canvas_px, patch_px: from the model.
-        views: (V, 10) int32 on the device, see ``_VIEW_FIELDS``.
+        views: (V, fields) int32 on the device, see ``_VIEW_FIELDS``.
         first, weights: all axis filters behind each other; weights have ``taps`` columns.
         image_bytes: size of all raw images together. scratch_bytes: of the horizontal pass.
     """
@@ -108,7 +108,9 @@ class ResizeTables:
     scratch_bytes: int
 
 
-_VIEW_FIELDS = 10  # image, scratch, height, new_height, new_width, top, left, x_axis, y_axis, width
+# image, scratch, height, new_height, new_width, top, left, x_axis, y_axis, width: starts of the
+# view's raw bytes, scratch bytes and axis filters, and its sizes in pixels
+_VIEW_FIELDS: tl.constexpr = tl.constexpr(10)
 
 
 def make_tables(
@@ -156,7 +158,7 @@ def _weighted_sum(p_source, stride, limit, p_weights, m_out, TAPS: tl.constexpr)
 def _horizontal_kernel(
     p_images, p_scratch, p_views, p_first, p_weights, TAPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    p_view = p_views + tl.program_id(1) * 10
+    p_view = p_views + tl.program_id(1) * _VIEW_FIELDS
     height = tl.load(p_view + 2)
     new_width = tl.load(p_view + 4)
     width = tl.load(p_view + 9)
@@ -188,7 +190,7 @@ def _patches_kernel(
     SIDE: tl.constexpr = CANVAS // PATCH
     FEATURES: tl.constexpr = 3 * PATCH * PATCH
     view = tl.program_id(1)
-    p_view = p_views + view * 10
+    p_view = p_views + view * _VIEW_FIELDS
     o_out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_all = o_out < SIDE * SIDE * FEATURES
     token = o_out // FEATURES
@@ -226,7 +228,8 @@ def resize_to_patches(
             as in the convolution's weight; written ``copies`` times side by side.
     """
     views, block = len(tables.sizes_px), 256
-    widest = max(h * box.width_px * 3 for (h, _), box in zip(tables.sizes_px, tables.boxes))
+    placed = zip(tables.sizes_px, tables.boxes, strict=True)
+    widest = max(height * box.width_px * 3 for (height, _), box in placed)
     _horizontal_kernel[(triton.cdiv(widest, block), views)](
         images, scratch, tables.views, tables.first, tables.weights, TAPS=tables.taps, BLOCK=block
     )
@@ -255,7 +258,8 @@ def _resize_axis(image: torch.Tensor, taps: AxisFilter, axis: int) -> torch.Tens
     source = image.movedim(axis, 0).to(torch.int64)
     first = torch.from_numpy(taps.first).to(image.device).long()
     weights = torch.from_numpy(taps.weights).to(image.device).long()
-    total = torch.full((len(first), *source.shape[1:]), 1 << (FRACTION_BITS - 1), device=image.device)
+    half = 1 << (FRACTION_BITS - 1)
+    total = torch.full((len(first), *source.shape[1:]), half, device=image.device)
     for tap in range(weights.shape[1]):
         index = (first + tap).clamp(max=source.shape[0] - 1)
         total += source[index] * weights[:, tap, None, None]

@@ -49,7 +49,18 @@ def _vision_attention_kernel(
     tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
-DEFAULT_LAUNCH = {'block_m': 64, 'warps': 4}
+_LAUNCH = {'block_m': 64, 'warps': 4}
+
+
+def default_launch(device: torch.device) -> dict[str, int]:
+    """Return the rows per program and warps of a GPU that nobody tuned."""
+    return dict(_LAUNCH)
+
+
+def needed_shared_bytes(dim: int, tokens_per_view: int, item_bytes: int) -> int:
+    """Return the shared memory that the default launch takes: one view's K and V, and queries."""
+    rows = 2 * triton.next_power_of_2(tokens_per_view) + _LAUNCH['block_m']
+    return rows * max(16, triton.next_power_of_2(dim)) * item_bytes
 
 
 def vision_attention(
@@ -66,7 +77,7 @@ def vision_attention(
         out: (V * tokens, heads * D).
         launch: ``block_m`` query rows per program (a power of two >= 16) and ``warps``.
     """
-    launch = launch or DEFAULT_LAUNCH
+    launch = launch or default_launch(qkv.device)
     dim = out.shape[1] // num_heads
     views = qkv.shape[0] // tokens_per_view
     grid = (triton.cdiv(tokens_per_view, launch['block_m']), views * num_heads)

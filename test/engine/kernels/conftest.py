@@ -36,7 +36,7 @@ def draw(dtype, device):
 
 @pytest.fixture
 def assert_matches(dtype):
-    """Return a check of kernel against twin: relative error, and that every element was written."""
+    """Return a check of kernel against twin: relative error, every element written."""
     limit = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
 
     def check(kernel: torch.Tensor, twin: torch.Tensor) -> None:

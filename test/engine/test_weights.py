@@ -1,0 +1,56 @@
+"""Packing of checkpoint tensors: what is folded, and that nothing is kept twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_ros.engine.weights import pack_prefill, pack_vision
+from pi05_ros.model.checkpoint import load_state, open_checkpoint
+
+CPU = torch.device('cpu')
+LANGUAGE = 'paligemma_with_expert.paligemma.model.language_model.layers.0.'
+
+
+@pytest.fixture
+def config(golden_dir):
+    return open_checkpoint(golden_dir).config
+
+
+@pytest.fixture
+def state(golden_dir):
+    return load_state(open_checkpoint(golden_dir))
+
+
+def test_packing_takes_the_tensors_out_of_the_state(state, config):
+    pack_vision(state, config, torch.float32, CPU)
+    pack_prefill(state, config, torch.float32, CPU)
+    left = {name.split('.')[1] if 'expert' in name else name for name in state}
+    assert not any('paligemma.' in name for name in state), left
+
+
+def test_norm_weights_near_minus_one_survive_bfloat16(state, config):
+    """(1 + w) of a bfloat16 w near -1 has few bits left; it must be formed in float32."""
+    name = LANGUAGE + 'input_layernorm.weight'
+    state[name] = torch.full_like(state[name], -0.998321)
+    q = state[LANGUAGE + 'self_attn.q_proj.weight'].clone()
+    packed = pack_prefill(state, config, torch.bfloat16, CPU).layers[0].qkv[: q.shape[0]].float()
+    expected = q * (1.0 - 0.998321)
+    assert (packed - expected).abs().max() <= expected.abs().max() * 2**-8
+
+
+def test_the_patch_weight_is_closer_to_float32_than_one_bfloat16(state, config):
+    name = 'paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings.'
+    exact = state[name + 'patch_embedding.weight'].reshape(config.vision.width, -1) / 127.5
+    weights = pack_vision(state, config, torch.bfloat16, CPU)
+    features = exact.shape[1]
+    assert weights.patch_copies == 2 and weights.patch.shape[1] % 8 == 0
+    high, low = weights.patch.float()[:, : 2 * features].split(features, dim=1)
+    assert (high + low - exact).norm() < 1e-4 * exact.norm()
+    assert (high - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_the_last_layer_keeps_only_what_fills_the_cache(state, config):
+    packed = pack_prefill(state, config, torch.float32, CPU)
+    assert len(packed.layers) == config.vlm.depth - 1
+    assert packed.last_kv.shape == (2 * config.vlm.head_dim, config.vlm.width)
