@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, features
 
 from .cdr import CompressedImageMessage, ImageMessage
 from .reasons import InputFault, Reason
@@ -99,7 +99,9 @@ def decode(
         with Image.open(io.BytesIO(message.data), formats=_FILE_FORMATS) as file:
             _check_file(file, expected_size_px)
             return np.asarray(file.convert('RGB'))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except InputFault:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever their parsers do
         raise InputFault(
             Reason.UNDECODABLE_IMAGE,
             f'compressed image (format {message.format!r}, {len(message.data)} bytes) '

@@ -94,10 +94,6 @@ class NodeSettings:
         """Return the settings of a camera of the robot file."""
         return self.cameras.get(name, CameraSettings())
 
-    def with_value(self, name: str, value: Value) -> NodeSettings:
-        """Return a copy in which one (already checked) parameter has changed."""
-        return replace(self, **{name: value})  # type: ignore[arg-type]
-
 
 MAX_STEPS = 10
 

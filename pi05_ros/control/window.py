@@ -24,10 +24,6 @@ class Window:
         if value == value:
             self._values.append(value)
 
-    def clear(self) -> None:
-        """Drop every value."""
-        self._values.clear()
-
     @property
     def last(self) -> float:
         """The newest value; NaN while empty."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from messages import compressed_cdr, image_cdr
 from PIL import Image
 
@@ -138,6 +142,37 @@ def test_sixteen_bit_files_are_refused():
     with pytest.raises(InputFault, match='mode I;16') as caught:
         decoded(encode(deep, 'PNG'))
     assert caught.value.reason is Reason.BAD_ENCODING
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """Return a PNG whose header claims a size that its data does not have."""
+    data = bytearray(encode(Image.new('RGB', (1, 1)), 'PNG'))
+    data[16:24] = struct.pack('>II', width, height)
+    data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def test_a_file_that_claims_gigabytes_is_refused():
+    with pytest.raises(InputFault, match='cannot be decoded'):
+        decoded(png_of_size(2**20, 2**20))
+    with pytest.raises(InputFault, match=f'more than {MAX_DECODED_PX}'):
+        decoded(png_of_size(8000, 8000))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(['JPEG', 'PNG', 'WEBP']), st.data())
+def test_damaged_files_give_pixels_or_a_named_reason(file_format, data):
+    raw = bytearray(encode(Image.fromarray(RGB), file_format))
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decoded(bytes(raw)).shape[2] == 3
+    except InputFault as fault:
+        assert fault.reason in (
+            Reason.UNDECODABLE_IMAGE,
+            Reason.BAD_IMAGE_SIZE,
+            Reason.BAD_ENCODING,
+        )
 
 
 def test_a_small_file_that_claims_huge_images_is_refused_undecoded():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from messages import image_cdr
 from rig import JOINTS, MS, START_NS, TASK, Rig, ScriptedPolicy, gradient
 
@@ -137,11 +141,11 @@ def test_the_later_of_parameter_and_topic_is_the_task():
     rig = Rig()
     rig.task('from the topic')
     rig.fresh_tick()
-    rig.core.update(rig.settings.with_value('prompt', 'from the parameter'))
+    rig.core.update(replace(rig.settings, prompt='from the parameter'))
     rig.fresh_tick()
-    rig.core.update(rig.core.settings.with_value('num_steps', 3))  # leaves the task alone
+    rig.core.update(replace(rig.core.settings, num_steps=3))  # leaves the task alone
     rig.task('from the topic again')
-    rig.core.update(rig.core.settings.with_value('num_steps', 4))
+    rig.core.update(replace(rig.core.settings, num_steps=4))
     rig.fresh_tick()
     assert [seen.prompt for seen in rig.policy.seen] == [
         'from the topic',
@@ -329,6 +333,27 @@ def test_start_counts_from_zero_and_repeats_the_noise():
     rig.fresh_tick()
     assert rig.policy.calls == [(0, 7, 10), (1, 7, 10), (0, 7, 10)]
     assert rig.core.counters.ticks == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['base', 'wrist', 'joint_states', 'task_prompt']),
+            st.binary(max_size=120),
+            st.integers(-200, 400),
+        ),
+        max_size=6,
+    )
+)
+def test_no_bytes_make_a_tick_raise(messages):
+    rig = Rig()
+    rig.everything()
+    for name, body, after_ms in messages:
+        rig.core.push(name, b'\x00\x01\x00\x00' + body, rig.now_ns)
+        result = rig.tick(after_ms)
+        assert (result.chunk is None) != (result.skip is None)
+        rig.assert_consistent()
 
 
 def test_health_follows_the_last_second():
