@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.parameters import NodeSettings
@@ -31,6 +32,7 @@ from .remapping import Remapping, parameter_override, remap_rule
 from .replayer import Replay, Setup
 from .terminal import Progress, make_console
 
+BAR_COLUMNS = 24
 # Options that are parameters of the node under a shorter name.
 _PARAMETER_OPTIONS = ('checkpoint', 'backend', 'precision', 'seed', 'rate_hz')
 
@@ -159,8 +161,8 @@ class ReplaySession:
 
     def _draw(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(max(self._duration_ns, 1), self._done_ns, width=40)
-        grid.add_row(bar, self._line())
+        bar = ProgressBar(max(self._duration_ns, 1), self._done_ns, width=BAR_COLUMNS)
+        grid.add_row(bar, Text(self._line(), no_wrap=True, overflow='ellipsis'))
         return grid
 
     def _line(self) -> str:
