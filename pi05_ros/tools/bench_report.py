@@ -99,7 +99,7 @@ def save_plot(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.6 + 0.9 * len(report.cases)), dpi=130, facecolor='white')
+    figure = Figure(figsize=(10, 1.8 + 0.9 * len(report.cases)), dpi=130, facecolor='white')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for row, result in enumerate(report.cases):
@@ -110,7 +110,11 @@ def save_plot(report: Report, path: Path) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), frameon=False, ncols=3, loc='lower right')
+    axes.legend(
+        unique.values(), unique.keys(), frameon=False, ncols=5, loc='upper center',
+        bbox_to_anchor=(0.4, -0.13 - 0.2 / len(report.cases)),
+    )  # fmt: skip
+    axes.set_xlim(0, 1.12 * max(result.timing.p50_ms('total') for result in report.cases))
     subject = report.subject
     axes.set_title(
         f'π0.5 on {subject["device"]}: {subject["backend"]}, {subject["precision"]}', loc='left'
