@@ -172,8 +172,9 @@ class Recomputer:
         except Pi05Error as refusal:
             return Outcome(recorded, None, str(refusal))
         if (found.names, found.actions.shape) != (recorded.names, recorded.actions.shape):
-            fault = f'recorded {len(recorded.actions)} rows of {", ".join(recorded.names)}'
-            return Outcome(recorded, None, f'{fault}; now {len(found.actions)} rows of others')
+            then = f'{len(recorded.actions)} rows of {", ".join(recorded.names)}'
+            now = f'{len(found.actions)} rows of {", ".join(found.names)}'
+            return Outcome(recorded, None, f'recorded {then}; computed {now}')
         return Outcome(recorded, found)
 
     def _load(self, recorded: RecordedChunk) -> Policy:

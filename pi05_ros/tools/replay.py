@@ -198,6 +198,6 @@ def installed_decoder() -> ForeignDecoder | None:
     """Return what the live node would use for encodings that are not read natively."""
     if find_spec('cv_bridge') is None:
         return None
-    from pi05_ros.ros.bridge import foreign_decoder
+    from pi05_ros.ros.bridge import find_converter
 
-    return foreign_decoder()
+    return find_converter().decode

@@ -127,6 +127,29 @@ def test_no_option_is_needed(capsys: pytest.CaptureFixture, monkeypatch: pytest.
     assert 'a tiny one of random weights is made' in capsys.readouterr().out
 
 
+@pytest.mark.ros
+def test_other_encodings_are_read_as_the_node_reads_them(
+    replay, short_bag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / 'cv_bridge.py').write_text(
+        'import numpy\n'
+        'class CvBridgeError(Exception): pass\n'
+        'class CvBridge:\n'
+        '    def imgmsg_to_cv2(self, message, desired_encoding):\n'
+        '        assert (message.encoding, desired_encoding) == ("own", "rgb8")\n'
+        '        pixels = numpy.frombuffer(message.data, numpy.uint8)\n'
+        '        return pixels.reshape(message.height, message.width, 3)\n'
+    )
+
+    def rename(message):
+        message.encoding = 'own'
+
+    bag = write_bag(tmp_path / 'own', edited(shipped_rows(), edit_message(IMAGE, rename)))
+    assert "encoding 'own' is not one of" in replay(bag).report['error']
+    monkeypatch.syspath_prepend(tmp_path)
+    assert replay(bag).digest == replay(short_bag).digest
+
+
 # ---- what is told
 
 
