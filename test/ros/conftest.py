@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -23,3 +24,6 @@ def ros():
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     yield
     rclpy.try_shutdown()
+    # A lifecycle node's services live until it is collected; the next test may start a process
+    # with a node of the same name, and would ask the dead one.
+    gc.collect()
