@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import torch
 
 from pi05_ros.model.checkpoint import Checkpoint, load_model
+from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.precision import PRECISIONS
 
 from .eager import EagerPipeline
 from .pipeline import BackendError, Pipeline, PipelineShape
 
 BACKENDS = ('auto', 'eager', 'cuda', 'tensorrt')
-_CUDA_MODULE = 'pi05_ros.engine.cuda_pipeline'
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +43,10 @@ def build_pipeline(
     _check_shape(shape)
     chosen_device = _resolve_device(device, backend)
     chosen, reason = _resolve_backend(backend, chosen_device)
+    if backend == 'auto' and chosen == 'cuda':
+        misfit = _cuda_misfit(checkpoint.config, shape, chosen_device)
+        if misfit is not None:
+            chosen, reason = 'eager', misfit
     _log.info(
         'backend %s asked for, %s runs on %s in %s (%s)',
         backend, chosen, chosen_device, precision, reason,
@@ -114,13 +118,26 @@ def _resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
         return 'eager', 'no other backend runs on a CPU'
     if device.type == 'cpu':
         raise BackendError("backend 'cuda' needs an NVIDIA GPU, device is 'cpu'; use 'eager'")
-    if find_spec(_CUDA_MODULE) is not None:
+    if find_spec('triton') is not None:
         return 'cuda', 'as asked' if backend == 'cuda' else 'the fastest on a GPU'
     if backend == 'cuda':
         raise BackendError(
-            f"backend 'cuda' is not available in this version; use {_others('cuda')}"
+            f"backend 'cuda' needs Triton, which is not installed; pip install triton, or use "
+            f'{_others("cuda")}'
         )
-    return 'eager', 'this version has no faster backend'
+    return 'eager', 'Triton, which the faster backend needs, is not installed'
+
+
+def _cuda_misfit(config: Pi05Config, shape: PipelineShape, device: torch.device) -> str | None:
+    """Return why the CUDA backend cannot take this GPU, model or shape; None where it can."""
+    from .limits import check_device, check_limits
+
+    try:
+        check_device(device)
+        check_limits(config, shape)
+    except BackendError as misfit:
+        return str(misfit)
+    return None
 
 
 def _others(backend: str) -> str:

@@ -91,8 +91,9 @@ class CudaPipeline(Pipeline):
 
     @property
     def stage_backends(self) -> Mapping[str, str]:
-        """Return 'cuda' for every stage."""
-        return dict.fromkeys(STAGES, 'cuda')
+        """Return 'cuda', or 'cuda-plain' where plain PyTorch runs in the graphs (float32)."""
+        prefix = 'cuda-plain' if self.precision == 'float32' else 'cuda'
+        return {stage: 'cuda' if stage == 'denoise' else prefix for stage in STAGES}
 
     @torch.inference_mode()
     def infer(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from .pipeline import BackendError
 
@@ -18,19 +19,21 @@ class StageGraph:
         launch: enqueues the kernels on the current stream; reads and writes static buffers only.
         stream: the stream on which it is captured and replayed.
         pool: memory that captures share, from :func:`torch.cuda.graph_pool_handle`.
+    Raises:
+        BackendError: a kernel does not compile or fit here, or the driver cannot capture.
     """
 
     def __init__(
         self, name: str, launch: Callable[[], None], stream: torch.cuda.Stream, pool: Any
     ) -> None:
-        self.graph = torch.cuda.CUDAGraph()
         try:
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
                 launch()  # compiles kernels and creates handles, which a capture may not
                 stream.synchronize()
             with torch.cuda.graph(self.graph, pool=pool, stream=stream):
                 launch()
-        except RuntimeError as error:
+        except (RuntimeError, TritonError) as error:
             raise BackendError(f'{name}: the CUDA graph cannot be captured: {error}') from error
 
     def replay(self) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi05_ros.engine.build import build_pipeline
+from pi05_ros.engine.build import build_pipeline, choose_backend
 from pi05_ros.engine.eager import EagerPipeline
 from pi05_ros.engine.pipeline import BackendError, PipelineShape
-from pi05_ros.model.checkpoint import Checkpoint, open_checkpoint
+from pi05_ros.model.checkpoint import Checkpoint, load_model, open_checkpoint
 
 SHAPE = PipelineShape(((224, 224),), max_prompt_tokens=10, horizon=10)
 
@@ -86,6 +86,51 @@ def test_a_device_without_memory_is_an_error_that_names_it(
     monkeypatch.setattr('pi05_ros.engine.build.load_model', full)
     with pytest.raises(BackendError, match='cpu has too little free memory .* 2 GiB'):
         build_pipeline(checkpoint, SHAPE, backend='eager', device='cpu')
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Pretend to a GPU; tests set what it can do."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Test GPU')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    return monkeypatch
+
+
+def test_auto_takes_the_gpu_backend_where_there_is_a_gpu(gpu: pytest.MonkeyPatch):
+    assert choose_backend('auto', 'auto') == ('cuda', torch.device('cuda', 0))
+
+
+def test_auto_falls_back_on_an_old_gpu_and_the_log_says_why(
+    checkpoint: Checkpoint, gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    gpu.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    gpu.setattr(
+        'pi05_ros.engine.build.load_model', lambda path, device, precision: load_model(path)
+    )
+    with caplog.at_level(logging.INFO):
+        pipeline = build_pipeline(checkpoint, SHAPE)
+    assert isinstance(pipeline, EagerPipeline)
+    assert 'auto asked for, eager runs on cuda:0' in caplog.text
+    assert 'compute capability 7.5' in caplog.text
+
+
+def test_cuda_asked_for_on_an_old_gpu_is_refused_before_loading(
+    checkpoint: Checkpoint, gpu: pytest.MonkeyPatch
+):
+    gpu.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    gpu.setattr('pi05_ros.engine.cuda_pipeline.load_state', None)
+    with pytest.raises(BackendError, match=r'Test GPU has compute capability 7\.5'):
+        build_pipeline(checkpoint, SHAPE, backend='cuda')
+
+
+def test_without_triton_cuda_is_refused_and_auto_says_so(gpu: pytest.MonkeyPatch):
+    gpu.setattr('pi05_ros.engine.build.find_spec', lambda name: None)
+    with pytest.raises(BackendError, match='needs Triton, which is not installed'):
+        choose_backend('cuda', 'auto')
+    assert choose_backend('auto', 'auto')[0] == 'eager'
 
 
 def test_engine_and_model_need_no_ros():
