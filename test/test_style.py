@@ -21,11 +21,15 @@ SOURCES = sorted(
     for folder in ('pi05_ros', 'launch', 'test', 'docs', 'scripts')
     for path in (ROOT / folder).rglob('*.py')
 )
-FOLDERS = ('.ci', 'cmake', 'config', 'docs', 'launch', 'msg', 'pi05_ros', 'requirements')
+FOLDERS = (
+    *('.ci', 'cmake', 'config', 'docs', 'launch', 'msg', 'pi05_ros', 'requirements'),
+    *('scripts', 'test'),
+)
 TEXT_SUFFIXES = {'.py', '.md', '.rst', '.toml', '.txt', '.xml', '.yaml', '.sh', '.in', '.msg', ''}
 TEXTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob('*'), *(p for folder in (*FOLDERS, 'scripts', 'test') for p in (ROOT / folder).rglob('*')))
+    for folder, pattern in (('.', '*'), *((folder, '**/*') for folder in FOLDERS))
+    for path in (ROOT / folder).glob(pattern)
     if path.is_file() and path.suffix in TEXT_SUFFIXES and '__pycache__' not in path.parts
 )
 
