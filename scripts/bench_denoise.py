@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pi05_ros.engine.denoise import DenoiseStage
+from pi05_ros.engine.denoise_layers import TritonLayer, row_block
 from pi05_ros.engine.denoise_tuner import (
     CANDIDATES,
     UNFIT,
@@ -31,7 +33,6 @@ from pi05_ros.engine.denoise_tuner import (
     time_run_us,
     tune,
 )
-from pi05_ros.engine.denoise_layers import TritonLayer
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
 from pi05_ros.engine.kernels.adarms import GATE
 from pi05_ros.model.config import Pi05Config
@@ -121,7 +122,9 @@ def check(config: Pi05Config, state: dict[str, torch.Tensor], kernels: str) -> l
     return rows
 
 
-def float32_twin(config, state, stage: DenoiseStage) -> DenoiseStage:
+def float32_twin(
+    config: Pi05Config, state: dict[str, torch.Tensor], stage: DenoiseStage
+) -> DenoiseStage:
     """Return a float32 stage over the same prefix and noise, for its plain twin."""
     twin = DenoiseStage(
         state, config, keys=stage.keys.float(), values=stage.values.float(),
@@ -140,16 +143,15 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
     layer, mods = stage.layer, stage.weights.modulations[0]
-    chains = {
+    chains: dict[str, Callable[[int], None]] = {
         'qkv': lambda i: layer.launch_qkv(i, mods[2 * i]),
         'attend': layer.launch_attend,
-        'merge': lambda i: layer.launch_merge(),
         'attention_out': lambda i: layer.launch_attention_out(i, mods[2 * i, GATE]),
         'gate_up': lambda i: layer.launch_gate_up(i, mods[2 * i + 1]),
         'down': lambda i: layer.launch_down(i, mods[2 * i + 1, GATE]),
     }
-    if not isinstance(layer, TritonLayer):
-        del chains['merge']
+    if isinstance(layer, TritonLayer):
+        chains['merge'] = lambda i: layer.launch_merge()
     return chains
 
 
@@ -170,8 +172,12 @@ def time_kernels(stage: DenoiseStage) -> dict[str, float]:
     times = {name: chain([name]) for name in chains}
     times['layer'] = chain(list(chains))
     times |= {f'layer without {n}': chain([m for m in chains if m != n]) for n in chains}
-    ends = [lambda: stage.launch_step_end(2, 0)] * 20
-    times['end of step'] = time_graph_us(lambda: [end() for end in ends]) / len(ends)
+
+    def ends() -> None:
+        for _ in range(20):
+            stage.launch_step_end(2, 0)
+
+    times['end of step'] = time_graph_us(ends) / 20
     return times
 
 
@@ -214,6 +220,7 @@ def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
         kernels='triton',
     )
     jobs = [(field, choice) for field, choices in CANDIDATES.items() for choice in choices]
+    assert isinstance(stage.layer, TritonLayer)
     base = stage.layer.tuning
     for field, choice in jobs[part::parts]:
         try:
@@ -286,7 +293,7 @@ def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> No
     print(f'compiled in {time.perf_counter() - started:.0f} s')
     tried: list = []
 
-    def report(field: str, choice: object, outcome: float | str) -> None:
+    def report(field: str, choice: Any, outcome: float | str) -> None:
         values = asdict(choice) if hasattr(choice, '__dataclass_fields__') else choice
         tried.append([field, values, outcome])
         brief = ' '.join(map(str, values.values())) if isinstance(values, dict) else values
@@ -296,7 +303,8 @@ def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> No
     tuning = tune(stage, report)
     print(f'tuned in {time.perf_counter() - started:.0f} s: {tuning}')
     result['tuning'], result['tried'] = asdict(tuning), tried
-    path = save_denoise_tuning(result['gpu'], stage.config.expert, stage.row_block, tuning)
+    rows = row_block(stage.horizon)
+    path = save_denoise_tuning(result['gpu'], stage.config.expert, rows, tuning)
     print(f'stored in {path}')
     if options.json:
         (options.json.parent / path.name).write_text(path.read_text())

@@ -1,15 +1,18 @@
 """The denoise stage: Euler steps of the action expert over a prefix K/V, as one chain of kernels.
 
-Per layer: norm + QKV + RoPE, attention over key ranges, their merge, output projection + gated
-residual, norm + gate/up + GEGLU, down + gated residual. Between steps one kernel does the final
-norm, the action projection, the Euler update and the next step's input projection. Nothing in
-the chain depends on the host: the prefix length is read on the device and the modulations of
-every step lie in a table, so a graph captured once per step count serves every prompt.
+Per layer: norm + QKV + RoPE, attention split over the keys, output projection + gated residual,
+norm + gate/up + GEGLU, down + gated residual (``denoise_layers.py``). Between steps one kernel
+does the final norm, the action projection, the Euler update and the next step's input projection.
+Nothing in the chain depends on the host: the prefix length is read on the device and the
+modulations of every step lie in a table, so a graph captured once per step count serves every
+prompt.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -25,6 +28,8 @@ from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
+
+_log = logging.getLogger(__name__)
 
 
 class DenoiseStage:
@@ -69,7 +74,9 @@ class DenoiseStage:
 
     def use_tuning(self, tuning: DenoiseTuning) -> None:
         """Run the Triton kernels with other block sizes; a graph captured before is stale."""
-        self.layer = TritonLayer(self.buffers, self.weights, self.config.expert, tuning)
+        self.layer: ClusterLayer | TritonLayer = TritonLayer(
+            self.buffers, self.weights, self.config.expert, tuning
+        )
 
     @property
     def backend(self) -> str:
@@ -77,20 +84,33 @@ class DenoiseStage:
         return self.layer.name
 
     def _choose_kernels(self, kernels: str) -> None:
-        expert, device = self.config.expert, self.device
-        if kernels == 'auto':
-            misfit = cluster_misfit(expert, self.horizon, self.keys.shape[1])
-            usable = has_pdl(device) and self.dtype == torch.bfloat16 and misfit is None
-            kernels = 'cuda-clusters' if usable else 'triton'
-        self.layer: ClusterLayer | TritonLayer
-        if kernels == 'cuda-clusters':
-            self.layer = ClusterLayer(self.buffers, self.weights, expert)
-        elif kernels == 'triton':
-            self.use_tuning(load_denoise_tuning(device, expert, row_block(self.horizon)))
-        else:
+        """Decide once which kernels run; what was asked for by name runs or is refused."""
+        if kernels not in ('auto', 'cuda-clusters', 'triton'):
             raise BackendError(
                 f"kernels must be 'auto', 'cuda-clusters' or 'triton', got {kernels!r}"
             )
+        expert = self.config.expert
+        obstacle = self._cluster_obstacle()
+        if kernels == 'cuda-clusters' and obstacle is not None:
+            raise BackendError(f'the cluster kernels cannot run: {obstacle}')
+        if kernels == 'triton' or obstacle is not None:
+            _log.info('denoise runs the triton kernels: %s', obstacle or 'asked for')
+            self.use_tuning(load_denoise_tuning(self.device, expert, row_block(self.horizon)))
+        else:
+            self.layer = ClusterLayer(self.buffers, self.weights, expert)
+
+    def _cluster_obstacle(self) -> str | None:
+        """Return why the cluster kernels cannot run here, or None if they can."""
+        misfit = cluster_misfit(self.config.expert, self.horizon, self.keys.shape[1])
+        if misfit is not None:
+            return misfit
+        if self.dtype != torch.bfloat16:
+            return f'they compute in bfloat16, not in {self.dtype}'
+        if not has_pdl(self.device):
+            return f'{self.device} is no GPU with thread block clusters (compute capability 9.0)'
+        if find_spec('cuda') is None or find_spec('cuda.bindings') is None:
+            return 'the package cuda-bindings is not installed'
+        return None
 
     def launch(self, num_steps: int) -> None:
         """Enqueue a whole run from ``noise`` to ``actions`` on the current stream.

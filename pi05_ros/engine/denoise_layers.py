@@ -67,12 +67,14 @@ class ClusterLayer:
 
     # Each kernel also asks for the weights of a later one that are not on their way yet.
     def launch_qkv(self, layer: int, modulation: Tensor) -> None:
+        """Enqueue norm, q, k, v and their rotation: x to qkv."""
         b, w = self._buffers, self._weights
         self._launch(
             'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
         )  # fmt: skip
 
     def launch_attend(self, layer: int) -> None:
+        """Enqueue attention over prefix and suffix: qkv to attended."""
         b, w = self._buffers, self._weights
         self._launch(
             'attend',
@@ -81,6 +83,7 @@ class ClusterLayer:
         )
 
     def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+        """Enqueue the output projection: attended into x."""
         b, w = self._buffers, self._weights
         self._launch(
             'attention_out', (b.attended, w.attention_out[layer], gate, b.x, self.ssq),
@@ -88,6 +91,7 @@ class ClusterLayer:
         )  # fmt: skip
 
     def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
+        """Enqueue norm, gate, up and their product: x to activated."""
         b, w = self._buffers, self._weights
         self._launch(
             'gate_up', (b.x, self.ssq, modulation, w.gate_up[layer], b.activated),
@@ -95,6 +99,7 @@ class ClusterLayer:
         )  # fmt: skip
 
     def launch_down(self, layer: int, gate: Tensor) -> None:
+        """Enqueue the down projection: activated into x."""
         b, w = self._buffers, self._weights
         following = w.attention_out[(layer + 1) % len(w.qkv)]
         self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
@@ -177,6 +182,7 @@ class TritonLayer:
         }
 
     def launch_qkv(self, layer: int, modulation: Tensor) -> None:
+        """Enqueue norm, q, k, v and their rotation: x to qkv."""
         b, expert = self._buffers, self._expert
         small_gemm.qkv_rope_kernel[self._qkv_grid](
             b.x, self.ssq, modulation, self._weights.qkv[layer], b.cos, b.sin, b.n_prefix,
@@ -184,6 +190,7 @@ class TritonLayer:
         )  # fmt: skip
 
     def launch_attend(self, layer: int) -> None:
+        """Enqueue attention by key ranges: qkv to partial sums."""
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         head_dim = expert.head_dim
         row_blocks = triton.cdiv(expert.num_heads * self.horizon, tiling.rows)
@@ -197,6 +204,7 @@ class TritonLayer:
         )  # fmt: skip
 
     def launch_merge(self) -> None:
+        """Enqueue the merge of the key ranges: to attended."""
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         split_attention.merge_kernel[(expert.num_heads * self.horizon,)](
             self._split_sums, self._split_max, self._split_norm, b.n_prefix,
@@ -207,12 +215,14 @@ class TritonLayer:
         )  # fmt: skip
 
     def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+        """Enqueue the output projection: attended into x."""
         weight = self._weights.attention_out[layer]
         self._launch_residual(
             self._attention_out, self._buffers.attended, weight, gate, self._ssq_attention
         )
 
     def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
+        """Enqueue norm, gate, up and their product: x to activated."""
         b = self._buffers
         small_gemm.gate_up_kernel[self._gate_up_grid](
             b.x, self._ssq_attention, modulation, self._weights.gate_up[layer], b.activated,
@@ -220,6 +230,7 @@ class TritonLayer:
         )  # fmt: skip
 
     def launch_down(self, layer: int, gate: Tensor) -> None:
+        """Enqueue the down projection: activated into x."""
         self._launch_residual(
             self._down, self._buffers.activated, self._weights.down[layer], gate, self.ssq
         )

@@ -62,7 +62,7 @@ def time_run_us(stage: DenoiseStage, num_steps: int, replays: int = 20) -> float
     return time_graph_us(lambda: stage.launch(num_steps), replays)
 
 
-def time_graph_us(enqueue: Callable[[], None], replays: int = 20) -> float:
+def time_graph_us(enqueue: Callable[[], object], replays: int = 20) -> float:
     """Return the median microseconds per replay of a CUDA graph of what ``enqueue`` launches."""
     enqueue()
     torch.cuda.synchronize()

@@ -21,13 +21,16 @@ from pi05_ros.model.config import GemmaConfig
 
 PARTS = 16  # row stride of the sums of squares that a residual product leaves
 _ATTENTION_RANKS = 8
-# Clusters of 8 that attention uses. Blocks of a cluster share a group of 14 to 18
-# multiprocessors (which ones are switched off differs from part to part), so fewer than 16 fit.
-_ATTENTION_CLUSTERS = 13
+# Clusters of 8 blocks that are resident at once with one block per multiprocessor: 15 on the
+# H200 measured, not 16, because a cluster stays within a group of 16 or 18 of them.
+_ATTENTION_CLUSTERS = 15
 _MAX_HORIZON = 64
 _SOURCE = Path(__file__).with_name('expert_layer.cu')
 _PAD = 8  # kPad of the source
 _BLOCK_BYTES = 227 * 1024  # shared memory that one block may have
+# With less, three blocks of a kernel that starts early would crowd on a multiprocessor that the
+# previous kernel left free, while others get none.
+_LEAST_BLOCK_BYTES = 77 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ class ClusterTiling:
     warps_k: int
 
     def threads(self) -> int:
+        """Return the threads of a block."""
         return 32 * self.warps_n * self.warps_k
 
     def shared_bytes(self, depth: int, horizon: int) -> int:
         """Return the shared memory of a block: operands, and the sums that replace them."""
         tokens = -(-horizon // 8) * 8
-        operands = 2 * (self.rows + tokens) * (depth // self.ranks + _PAD) + 4 * tokens
-        return max(operands, 4 * self.warps_k * tokens * (self.rows + 4))
+        operands = 2 * (self.rows + horizon) * (depth // self.ranks + _PAD) + 4 * tokens
+        return max(operands, 4 * tokens * (self.rows + 4))
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def cluster_plan(expert: GemmaConfig, horizon: int, max_prefix: int) -> ClusterP
     """Return the tilings for a model shape that fits."""
     keys = -(-(max_prefix + horizon) // _ATTENTION_RANKS)
     return ClusterPlan(
-        qkv=ClusterTiling(rows=96, ranks=4, warps_n=3, warps_k=4),
+        qkv=ClusterTiling(rows=96, ranks=4, warps_n=6, warps_k=2),
         attention_out=ClusterTiling(rows=80, ranks=8, warps_n=5, warps_k=2),
         gate_up=ClusterTiling(rows=128, ranks=2, warps_n=4, warps_k=2),
         down=ClusterTiling(rows=80, ranks=8, warps_n=5, warps_k=2),
@@ -104,7 +108,9 @@ def attention_shared_bytes(plan: ClusterPlan, expert: GemmaConfig, horizon: int)
     rows = -(-plan.queries // 16) * 16
     row = 2 * (expert.head_dim + _PAD)
     keys = plan.keys_per_rank
-    return 2 * keys * row + rows * (row + 2 * (keys + _PAD) + 8 + 2 * 8 * 4)
+    queries = max(plan.queries * row, rows * 2 * (keys + _PAD))
+    statistics = rows * (8 + 2 * 8 * 4)
+    return 2 * keys * row + max(queries + statistics, rows * row)
 
 
 class ClusterKernels:
@@ -117,7 +123,8 @@ class ClusterKernels:
         if misfit is not None:
             raise BackendError(f'the cluster kernels do not fit: {misfit}')
         self.plan = cluster_plan(expert, horizon, max_prefix)
-        module = _compile(_options(self.plan, expert, horizon, device))
+        with torch.cuda.device(device):
+            module = _compile(_options(self.plan, expert, horizon, device))
         heads = expert.num_heads * expert.head_dim
         plan = self.plan
         self._kernels = {
@@ -134,7 +141,7 @@ class ClusterKernels:
         ):
             self._kernels[name] = _Kernel(
                 module, name, -(-rows // tiling.rows), tiling.ranks, tiling.threads(),
-                tiling.shared_bytes(depth, horizon),
+                max(tiling.shared_bytes(depth, horizon), _LEAST_BLOCK_BYTES),
             )  # fmt: skip
 
     def launch(self, name: str, arguments: Sequence[Tensor | float], prefetch: Tensor | None,
@@ -213,7 +220,7 @@ def _compile(options: list[str]) -> Any:
     image = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), 'NVRTC'))
     _checked(nvrtc.nvrtcGetCUBIN(program, image), 'NVRTC')
     nvrtc.nvrtcDestroyProgram(program)
-    torch.zeros(1, device='cuda')  # the module is loaded into PyTorch's context
+    torch.cuda.synchronize()  # makes PyTorch's context current; the module is loaded into it
     return _checked(driver.cuModuleLoadData(image), 'loading the cluster kernels')
 
 
@@ -231,9 +238,8 @@ class _Kernel:
             driver.cuFuncSetAttribute(self._function, attribute, shared_bytes),
             f'{name}: {shared_bytes} bytes of shared memory',
         )
-        self._configs = {
-            pdl: self._config(clusters * ranks, ranks, threads, shared_bytes, pdl) for pdl in (False, True)
-        }
+        shape = (clusters * ranks, ranks, threads, shared_bytes)
+        self._configs = {pdl: self._config(*shape, pdl) for pdl in (False, True)}
 
     def _config(self, blocks: int, ranks: int, threads: int, shared_bytes: int, pdl: bool) -> Any:
         driver = self._driver

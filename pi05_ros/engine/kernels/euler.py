@@ -77,6 +77,6 @@ def enter_reference(x_t: Tensor, weight: Tensor, bias: Tensor, dtype) -> Tensor:
 def leave_reference(
     x: Tensor, x_t: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, dt: float, eps: float
 ) -> Tensor:
-    """Return x_t after one Euler step (M, A) float32, from the last layer's output ``x`` (M, W)."""
+    """Return x_t (M, A) float32 after one Euler step, from the last layer's ``x`` (M, W)."""
     velocity = F.linear(adarms_reference(x, modulation, eps).float(), weight, bias)
     return x_t + dt * velocity

@@ -60,10 +60,20 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// No block leaves while another still reads its sums. Nothing written is read after it, so it
+// need not wait for the stores to global memory.
+__device__ __forceinline__ void cluster_leave() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_wait() {
+// Makes the shared memory of the cluster's blocks visible to each other. The release is a fence of
+// the whole device; after the block's own barrier one warp can do it for all (it is cumulative).
+__device__ __forceinline__ void cluster_sync() {
+  __syncthreads();
+  if (threadIdx.x < 32)
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ u32 at_rank(u32 address, u32 rank) {
@@ -71,20 +81,19 @@ __device__ __forceinline__ u32 at_rank(u32 address, u32 rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
+// Volatile keeps these between the cluster's barriers; they may overtake ordinary stores.
 __device__ __forceinline__ float4 load_remote(u32 address) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
+               : "r"(address));
   return v;
 }
 __device__ __forceinline__ float2 load_remote2(u32 address) {
   float2 v;
   asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
                : "=f"(v.x), "=f"(v.y)
-               : "r"(address)
-               : "memory");
+               : "r"(address));
   return v;
 }
 
@@ -119,8 +128,7 @@ __device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], u32 address
                : "memory");
 }
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
       "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -224,6 +232,26 @@ struct Normed {
   }
 };
 
+// The operands of one 16-deep step of a warp's products.
+template <class T>
+struct Fragments {
+  u32 a[T::TILES_N][4], b[kTokenTiles + 1][2];
+
+  __device__ __forceinline__ void load(u32 a_at, u32 b_at, u32 b_last_at, int step) {
+#pragma unroll
+    for (int t = 0; t + 1 < kTokenTiles; t += 2) {
+      u32 r[4];
+      load_matrix4(r, b_at + (t * 8 * T::LD + step * 16) * 2);
+      b[t][0] = r[0], b[t][1] = r[1], b[t + 1][0] = r[2], b[t + 1][1] = r[3];
+    }
+    if (kTokenTiles % 2)
+      load_matrix2(b[kTokenTiles - 1][0], b[kTokenTiles - 1][1], b_last_at + step * 32);
+#pragma unroll
+    for (int n = 0; n < T::TILES_N; n++)
+      load_matrix4(a[n], a_at + (n * 16 * T::LD + step * 16) * 2);
+  }
+};
+
 // Multiplies the block's part and leaves sums[token][row] in shared memory, over the operands.
 template <class T>
 __device__ __forceinline__ void multiply(const bf16* weights, const bf16* tokens, float* sums) {
@@ -231,56 +259,40 @@ __device__ __forceinline__ void multiply(const bf16* weights, const bf16* tokens
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int row0 = (warp % T::WARPS_N) * T::TILES_N * 16;
   int group = warp / T::WARPS_N;
-  int k0 = group * kSteps * 16;
+  int k0 = group * kSteps * 16 + lane / 8 % 2 * 8;
+  u32 a_at = shared_address(weights + (row0 + lane % 16) * T::LD + group * kSteps * 16 +
+                            lane / 16 * 8);
+  u32 b_at = shared_address(tokens + (lane / 16 * 8 + lane % 8) * T::LD + k0);
+  u32 b_last_at = shared_address(tokens + ((kTokenTiles - 1) * 8 + lane % 8) * T::LD + k0);
   float acc[T::TILES_N][kTokenTiles][4] = {};
-  u32 a_at = shared_address(weights + (row0 + lane % 16) * T::LD + k0 + lane / 16 * 8);
-  u32 b_at = shared_address(tokens + (lane / 16 * 8 + lane % 8) * T::LD + k0 + lane / 8 % 2 * 8);
-#pragma unroll 4
+  Fragments<T> next;
+  next.load(a_at, b_at, b_last_at, 0);
+#pragma unroll
   for (int step = 0; step < kSteps; step++) {
-    u32 b[kTokenTiles + 1][2];
+    Fragments<T> now = next;  // the next step's operands are on their way during this one
+    if (step + 1 < kSteps) next.load(a_at, b_at, b_last_at, step + 1);
 #pragma unroll
-    for (int t = 0; t + 1 < kTokenTiles; t += 2) {
-      u32 r[4];
-      load_matrix4(r, b_at + (t * 8 * T::LD + step * 16) * 2);
-      b[t][0] = r[0], b[t][1] = r[1], b[t + 1][0] = r[2], b[t + 1][1] = r[3];
-    }
-    if (kTokenTiles % 2) {
-      constexpr int t = kTokenTiles - 1;
-      u32 at = shared_address(tokens + (t * 8 + lane % 8) * T::LD + k0 + lane / 8 % 2 * 8);
-      load_matrix2(b[t][0], b[t][1], at + step * 32);
-    }
+    for (int n = 0; n < T::TILES_N; n++)
 #pragma unroll
-    for (int n = 0; n < T::TILES_N; n++) {
-      u32 a[4];
-      load_matrix4(a, a_at + (n * 16 * T::LD + step * 16) * 2);
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; t++) mma(acc[n][t], a, b[t][0], b[t][1]);
-    }
+      for (int t = 0; t < kTokenTiles; t++) mma(acc[n][t], now.a[n], now.b[t][0], now.b[t][1]);
   }
   __syncthreads();  // the operands are read; the sums take their place
-  float* part = sums + group * kTokens * T::LD_SUM;
 #pragma unroll
-  for (int n = 0; n < T::TILES_N; n++)
+  for (int turn = T::WARPS_K - 1; turn >= 0; turn--) {  // groups of warps add one after another
+    if (group == turn) {
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; t++)
+      for (int n = 0; n < T::TILES_N; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int row = row0 + n * 16 + lane / 4 + i / 2 * 8;
-        int token = t * 8 + lane % 4 * 2 + i % 2;
-        part[token * T::LD_SUM + row] = acc[n][t][i];
-      }
-  if (T::WARPS_K > 1) {
-    __syncthreads();
-    constexpr int kQuads = kTokens * T::LD_SUM / 4;
-    for (int i = threadIdx.x; i < kQuads; i += T::THREADS) {
-      float4 sum = ((float4*)sums)[i];
+        for (int t = 0; t < kTokenTiles; t++)
 #pragma unroll
-      for (int g = 1; g < T::WARPS_K; g++) {
-        float4 v = ((float4*)sums)[i + g * kQuads];
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
-      ((float4*)sums)[i] = sum;
+          for (int i = 0; i < 4; i++) {
+            int row = row0 + n * 16 + lane / 4 + i / 2 * 8;
+            int token = t * 8 + lane % 4 * 2 + i % 2;
+            float* sum = sums + token * T::LD_SUM + row;
+            *sum = turn == T::WARPS_K - 1 ? acc[n][t][i] : *sum + acc[n][t][i];
+          }
     }
+    if (turn > 0) __syncthreads();
   }
 }
 
@@ -316,12 +328,11 @@ extern "C" __global__ void __launch_bounds__(Qkv::THREADS) qkv_rope(
     const void* next, u32 next_bytes) {
   constexpr int kPairs = Qkv::ROWS / 2, kHalf = HEAD_DIM / 2;
   constexpr int kAllPairs = (HEADS + 2) * kHalf;
-  bf16* w = (bf16*)shared_memory;
-  bf16* tokens = w + Qkv::ROWS * Qkv::LD;
-  float* inverse_rms = (float*)(tokens + kTokens * Qkv::LD);
+  bf16* tokens = (bf16*)shared_memory;
+  bf16* w = tokens + HORIZON * Qkv::LD;  // reads of tokens up to the next 8 end in here
+  float* inverse_rms = (float*)(w + Qkv::ROWS * Qkv::LD);
   float* sums = (float*)shared_memory;
   int rank = cluster_rank(), pair0 = blockIdx.x / Qkv::RANKS * kPairs;
-  let_next_start();
   load_weights<Qkv>(w, weights, WIDTH, rank * Qkv::DEPTH, [&](int row) {
     int pair = min(pair0 + row % kPairs, kAllPairs - 1);
     return pair / kHalf * HEAD_DIM + pair % kHalf + row / kPairs * kHalf;
@@ -330,12 +341,12 @@ extern "C" __global__ void __launch_bounds__(Qkv::THREADS) qkv_rope(
   prefetch_share(next, next_bytes);
   int start = *n_prefix;
   wait_for_previous();
+  let_next_start();
   normed.load(tokens, inverse_rms, x, ssq);
   wait_copies();
   __syncthreads();
   multiply<Qkv>(w, tokens, sums);
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
   for (int i = threadIdx.x; i < Qkv::TOKENS_PER_RANK * kPairs / 4; i += Qkv::THREADS) {
     int token = rank * Qkv::TOKENS_PER_RANK + i / (kPairs / 4), row = i % (kPairs / 4) * 4;
     if (token >= HORIZON) break;
@@ -359,8 +370,7 @@ extern "C" __global__ void __launch_bounds__(Qkv::THREADS) qkv_rope(
     *(uint2*)target = make_uint2(pack(a[0], a[1]), pack(a[2], a[3]));
     *(uint2*)(target + kHalf) = make_uint2(pack(b[0], b[1]), pack(b[2], b[3]));
   }
-  cluster_arrive();
-  cluster_wait();  // no block leaves while another reads its sums
+  cluster_leave();
 }
 
 extern "C" __global__ void __launch_bounds__(Up::THREADS) gate_up(
@@ -371,27 +381,28 @@ extern "C" __global__ void __launch_bounds__(Up::THREADS) gate_up(
     bf16* out,                // (H, MLP)
     const void* next, u32 next_bytes) {
   constexpr int kColumns = Up::ROWS / 2;
-  bf16* w = (bf16*)shared_memory;
-  bf16* tokens = w + Up::ROWS * Up::LD;
-  float* inverse_rms = (float*)(tokens + kTokens * Up::LD);
+  bf16* tokens = (bf16*)shared_memory;
+  bf16* w = tokens + HORIZON * Up::LD;  // reads of tokens up to the next 8 end in here
+  float* inverse_rms = (float*)(w + Up::ROWS * Up::LD);
   float* sums = (float*)shared_memory;
   int rank = cluster_rank(), column0 = blockIdx.x / Up::RANKS * kColumns;
-  let_next_start();
   load_weights<Up>(w, weights, WIDTH, rank * Up::DEPTH, [&](int row) {
     return row / kColumns * MLP + column0 + row % kColumns;
   });
   Normed<Up> normed(modulation, rank * Up::DEPTH);
   prefetch_share(next, next_bytes);
   wait_for_previous();
+  let_next_start();
   normed.load(tokens, inverse_rms, x, ssq);
   wait_copies();
   __syncthreads();
   multiply<Up>(w, tokens, sums);
-  cluster_arrive();
-  cluster_wait();
-  for (int i = threadIdx.x; i < Up::TOKENS_PER_RANK * kColumns / 4; i += Up::THREADS) {
+  cluster_sync();
+#pragma unroll
+  for (int i0 = 0; i0 < Up::TOKENS_PER_RANK * kColumns / 4; i0 += Up::THREADS) {
+    int i = i0 + threadIdx.x;
     int token = rank * Up::TOKENS_PER_RANK + i / (kColumns / 4), row = i % (kColumns / 4) * 4;
-    if (token >= HORIZON) break;
+    if (i >= Up::TOKENS_PER_RANK * kColumns / 4 || token >= HORIZON) break;
     float4 g4 = cluster_sum<Up>(sums, token, row);
     float4 u4 = cluster_sum<Up>(sums, token, row + kColumns);
     float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
@@ -405,8 +416,7 @@ extern "C" __global__ void __launch_bounds__(Up::THREADS) gate_up(
     *(uint2*)(out + (size_t)token * MLP + column0 + row) =
         make_uint2(pack(g[0], g[1]), pack(g[2], g[3]));
   }
-  cluster_arrive();
-  cluster_wait();
+  cluster_leave();
 }
 
 template <class T>
@@ -420,11 +430,10 @@ __device__ __forceinline__ void gated_residual(
   constexpr int kDepth = T::DEPTH * T::RANKS;
   // In the epilogue a warp has one token, a lane four columns.
   static_assert(T::TOKENS_PER_RANK * 32 <= T::THREADS && T::ROWS <= 128, "epilogue");
-  bf16* w = (bf16*)shared_memory;
-  bf16* tokens = w + T::ROWS * T::LD;
+  bf16* tokens = (bf16*)shared_memory;
+  bf16* w = tokens + HORIZON * T::LD;  // reads of tokens up to the next 8 end in here
   float* sums = (float*)shared_memory;
   int rank = cluster_rank(), part = blockIdx.x / T::RANKS;
-  let_next_start();
   load_weights<T>(w, weights, kDepth, rank * T::DEPTH, [&](int row) {
     return min(part * T::ROWS + row, WIDTH - 1);
   });
@@ -435,6 +444,7 @@ __device__ __forceinline__ void gated_residual(
   if (mine) g4 = *(const float4*)(gate + column);
   prefetch_share(next, next_bytes);
   wait_for_previous();
+  let_next_start();
   load_plain<T>(tokens, activations, kDepth, rank * T::DEPTH);
   uint2* target = (uint2*)(x + (size_t)token * WIDTH + column);
   uint2 old = make_uint2(0, 0);
@@ -442,8 +452,7 @@ __device__ __forceinline__ void gated_residual(
   wait_copies();
   __syncthreads();
   multiply<T>(w, tokens, sums);
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
   float square = 0.f;
   if (mine) {
     float4 p4 = cluster_sum<T>(sums, token, row);
@@ -459,8 +468,7 @@ __device__ __forceinline__ void gated_residual(
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) square += __shfl_xor_sync(~0u, square, step);
   if (mine && row == 0) ssq[token * PARTS + part] = square;
-  cluster_arrive();
-  cluster_wait();
+  cluster_leave();
 }
 
 extern "C" __global__ void __launch_bounds__(Out::THREADS) attention_out(
@@ -485,6 +493,9 @@ constexpr int kQueryRows = kQueryTiles * 16;
 constexpr int kTurns = (KEYS / 16 + kWarps - 1) / kWarps;
 constexpr int kLdWeights = KEYS + kPad, kLdOut = HEAD_DIM + 8;
 constexpr int kDims = HEAD_DIM / kWarps;  // output columns per warp
+constexpr int kQueryElements = kQueries * kLdHead > kQueryRows * kLdWeights
+                                   ? kQueries * kLdHead
+                                   : kQueryRows * kLdWeights;
 static_assert(kDims % 16 == 0 && KEYS % 16 == 0, "attention tiling");
 static_assert(kQueryRows * kLdOut * 2 <= KEYS * kLdHead, "outputs fit over the keys");
 
@@ -497,8 +508,8 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
   bf16* k_rows = (bf16*)shared_memory;
   bf16* v_rows = k_rows + KEYS * kLdHead;
   bf16* q_rows = v_rows + KEYS * kLdHead;
-  bf16* weights = q_rows + kQueryRows * kLdHead;
-  float2* top_norm = (float2*)(weights + kQueryRows * kLdWeights);
+  bf16* weights = q_rows;  // once the queries are used
+  float2* top_norm = (float2*)(q_rows + kQueryElements);
   float* warp_top = (float*)(top_norm + kQueryRows);
   float* warp_norm = warp_top + kWarps * kQueryRows;
   float* sums = (float*)shared_memory;  // over the keys, once they are used
@@ -509,7 +520,6 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
   int per_rank = ((total + kRanks - 1) / kRanks + 15) / 16 * 16;
   int first = rank * per_rank;
   int count = min(max(total - first, 0), per_rank);
-  let_next_start();
   for (int i = threadIdx.x; i < per_rank * kChunks; i += kWarps * 32) {
     int row = i / kChunks, chunk = i % kChunks * 8, key = first + row;
     if (row < count && key < prefix) {
@@ -523,6 +533,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
   }
   prefetch_share(next, next_bytes);
   wait_for_previous();
+  let_next_start();
   for (int i = threadIdx.x; i < kQueries * kChunks; i += kWarps * 32) {
     int row = i / kChunks, chunk = i % kChunks * 8;
     if (query0 + row < HEADS * HORIZON)
@@ -553,16 +564,23 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
     u32 a_at = shared_address(q_rows + lane % 16 * kLdHead + lane / 16 * 8);
     u32 b_at = shared_address(k_rows + (g * 16 + lane / 16 * 8 + lane % 8) * kLdHead +
                               lane / 8 % 2 * 8);
-#pragma unroll 8
+    u32 b[2][4], a[2][kQueryTiles][4];
+    load_matrix4(b[0], b_at);
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; t++) load_matrix4(a[0][t], a_at + t * 16 * kLdHead * 2);
+#pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; step++) {
-      u32 b[4];
-      load_matrix4(b, b_at + step * 32);
+      const int now = step % 2, next = 1 - now;
+      if (step + 1 < HEAD_DIM / 16) {
+        load_matrix4(b[next], b_at + (step + 1) * 32);
+#pragma unroll
+        for (int t = 0; t < kQueryTiles; t++)
+          load_matrix4(a[next][t], a_at + (t * 16 * kLdHead + (step + 1) * 16) * 2);
+      }
 #pragma unroll
       for (int t = 0; t < kQueryTiles; t++) {
-        u32 a[4];
-        load_matrix4(a, a_at + (t * 16 * kLdHead + step * 16) * 2);
-        mma(acc_qk[turn][t][0], a, b[0], b[1]);
-        mma(acc_qk[turn][t][1], a, b[2], b[3]);
+        mma(acc_qk[turn][t][0], a[now][t], b[now][0], b[now][1]);
+        mma(acc_qk[turn][t][1], a[now][t], b[now][2], b[now][3]);
       }
     }
 #pragma unroll
@@ -627,22 +645,23 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
     float acc[kQueryTiles][kDims / 8][4] = {};
     u32 a_at = shared_address(weights + lane % 16 * kLdWeights + lane / 16 * 8);
     u32 b_at = shared_address(v_rows + lane % 16 * kLdHead + warp * kDims + lane / 16 * 8);
-#pragma unroll 2
-    for (int g = 0; g < groups; g++) {
-      u32 a[kQueryTiles][4];
+#pragma unroll
+    for (int g = 0; g < KEYS / 16; g++) {
+      if (g >= groups) break;
+      u32 a[kQueryTiles][4], b[kDims / 16][4];
+#pragma unroll
+      for (int n = 0; n < kDims / 16; n++)
+        load_matrix4_transposed(b[n], b_at + (g * 16 * kLdHead + n * 16) * 2);
 #pragma unroll
       for (int t = 0; t < kQueryTiles; t++)
         load_matrix4(a[t], a_at + (t * 16 * kLdWeights + g * 16) * 2);
 #pragma unroll
-      for (int n = 0; n < kDims / 16; n++) {
-        u32 b[4];
-        load_matrix4_transposed(b, b_at + (g * 16 * kLdHead + n * 16) * 2);
+      for (int n = 0; n < kDims / 16; n++)
 #pragma unroll
         for (int t = 0; t < kQueryTiles; t++) {
-          mma(acc[t][2 * n], a[t], b[0], b[1]);
-          mma(acc[t][2 * n + 1], a[t], b[2], b[3]);
+          mma(acc[t][2 * n], a[t], b[n][0], b[n][1]);
+          mma(acc[t][2 * n + 1], a[t], b[n][2], b[n][3]);
         }
-      }
     }
 #pragma unroll
     for (int t = 0; t < kQueryTiles; t++)
@@ -655,8 +674,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
               make_float2(acc[t][n][h * 2], acc[t][n][h * 2 + 1]);
         }
   }
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
   constexpr int kRowsPerRank = (kQueries + kRanks - 1) / kRanks;
   for (int i = threadIdx.x; i < kRowsPerRank * (HEAD_DIM / 4); i += kWarps * 32) {
     int row = rank * kRowsPerRank + i / (HEAD_DIM / 4), dim = i % (HEAD_DIM / 4) * 4;
@@ -688,6 +706,5 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) attend(
     *(uint2*)(out + ((size_t)token * HEADS + head) * HEAD_DIM + dim) =
         make_uint2(pack(o.x * inverse, o.y * inverse), pack(o.z * inverse, o.w * inverse));
   }
-  cluster_arrive();
-  cluster_wait();
+  cluster_leave();
 }
