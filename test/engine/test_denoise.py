@@ -5,6 +5,7 @@ On a machine without a GPU the kernels run in Triton's interpreter, in float32.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def state() -> dict[str, torch.Tensor]:
 def _stage(
     state, *, prefix=40, room=64, horizon=3, max_steps=3, tuning=_SMALL, depth=1, **changes
 ):
-    config = Pi05Config.tiny()
+    config = Pi05Config.from_dims(json.loads((_GOLDEN / 'dims.json').read_text()))
     config = replace(
         config, vlm=replace(config.vlm, depth=depth), expert=replace(config.expert, depth=depth)
     )
