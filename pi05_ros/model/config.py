@@ -133,8 +133,8 @@ class Pi05Config:
         """
         return cls(
             vision=VisionConfig(width=96, depth=3, mlp_dim=200, num_heads=4),
-            vlm=GemmaConfig(128, 3, 256, num_heads=8, num_kv_heads=1, head_dim=32),
-            expert=GemmaConfig(64, 3, 128, num_heads=8, num_kv_heads=1, head_dim=32),
+            vlm=GemmaConfig(128, 3, 256, num_heads=4, num_kv_heads=1, head_dim=32),
+            expert=GemmaConfig(64, 3, 128, num_heads=4, num_kv_heads=1, head_dim=32),
             vocab_size=512,
             action_horizon=10,
         )

@@ -43,7 +43,10 @@ def resize_with_pad(image: np.ndarray, px: int) -> np.ndarray:
     new_height, new_width = fitted_size(height, width, px)
     if not new_height or not new_width:
         raise ImageError(f'image of {height}x{width} px is too elongated to fit {px}x{px} px')
-    scaled = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    # One axis per call, the width first: Pillow from 13 on takes the height first where it shrinks
+    # far more than the width, which rounds otherwise than the versions that openpi is used with.
+    scaled = Image.fromarray(image).resize((new_width, height), Image.Resampling.BILINEAR)
+    scaled = scaled.resize((new_width, new_height), Image.Resampling.BILINEAR)
     canvas = np.zeros((px, px, 3), np.uint8)
     top, left = (px - new_height) // 2, (px - new_width) // 2
     canvas[top : top + new_height, left : left + new_width] = np.asarray(scaled)

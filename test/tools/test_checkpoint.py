@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -200,9 +201,11 @@ def test_prompt_of_the_recording_fits_the_limit(tiny: Path):
 def test_inspect_shows_what_there_is(tiny: Path, capsys: pytest.CaptureFixture[str]):
     assert main(['checkpoint', 'inspect', str(tiny)]) == 0
     shown = capsys.readouterr().out
+    shapes = expected_shapes(Pi05Config.tiny())
+    total = sum(math.prod(shape) for shape in shapes.values())
     for text in (
         'openpi',
-        '1,222,200 in 128 tensors',
+        f'{total:,} in {len(shapes)} tensors',
         'F32',
         'asset franka',
         'nothing is missing',
