@@ -33,6 +33,7 @@ GENERATOR_MODULES = {
 REQUIREMENTS = [
     'matplotlib',
     'numpy',
+    'nvidia-ml-py',
     'pillow',
     'pydantic>=2',
     'pyyaml',

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from pi05_ros.control import status
 from pi05_ros.control.core import ControlCore
+from pi05_ros.control.gpu import GpuReading, gpu_status
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.parameters import (
     CAMERA_PARAMETERS,
@@ -29,7 +30,7 @@ from pi05_ros.engine.pipeline import STAGES
 from pi05_ros.launch_arguments import ARGUMENTS
 from pi05_ros.policy.policy import PolicyInfo
 from pi05_ros.policy.robot import load_robot
-from pi05_ros.ros.bridge import environment
+from pi05_ros.ros.bridge import Converter, environment
 from pi05_ros.tools.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,7 @@ LEVELS = {
     'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
     'Action': 'WARN: some ticks of the last second did not act. ERROR: none did.',
     'Model': 'always OK',
+    'GPU': 'WARN: it slows itself down because of heat or power.',
 }
 REASONS = {
     Reason.MISSING_INPUT: 'no message of an input yet, or no task',
@@ -61,6 +63,9 @@ REASONS = {
     Reason.CLOCK_JUMP_BACK: 'the ROS clock went back; all inputs were dropped',
     Reason.INFERENCE_FAILED: 'the model failed; the node leaves the active state',
     Reason.ACTION_NOT_FINITE: 'the model returned NaN or infinity: the whole chunk is dropped',
+    Reason.ACTION_JUMP: "the first row is further than `max_jump` from the measured joints",
+    Reason.ACTION_TOO_FAST: 'faster than `max_rate` from row to row, or since the action before',
+    Reason.ESTOP: '`~/estop` was called, and `~/estop_reset` not yet',
     Reason.OVERRUN: 'the tick before took longer than the period',
 }  # fmt: skip
 
@@ -96,7 +101,8 @@ def diagnostics_statuses() -> list[status.Status]:
     )  # fmt: skip
     core = ControlCore(inputs, None, settings)  # type: ignore[arg-type]
     ros = SimpleNamespace(context=SimpleNamespace(get_domain_id=lambda: 0))
-    view = status.LifecycleView('active', '', '', environment=environment(ros))  # type: ignore[arg-type]
+    surroundings = environment(ros, Converter('', None))  # type: ignore[arg-type]
+    view = status.LifecycleView('active', '', '', environment=surroundings)
     statistics = TickStatistics()
     return [
         status.lifecycle_status(view),
@@ -104,6 +110,7 @@ def diagnostics_statuses() -> list[status.Status]:
         status.pipeline_status(statistics, settings, info.stage_backends),
         status.action_status(core, statistics, '', True, 0),
         status.model_status(info.as_dict(), settings, ''),
+        gpu_status('cuda:0', GpuReading('', '')),
     ]
 
 

@@ -22,7 +22,7 @@ OK, WARN, ERROR = 0, 1, 2
 LEVEL_NAMES = ('OK', 'WARN', 'ERROR')
 UNKNOWN = 'n/a'
 # Parts that exist only while the node is configured; the last ones need the loaded model.
-MODEL_PARTS = ('Pipeline', 'Action', 'Model')
+MODEL_PARTS = ('Pipeline', 'Action', 'Model', 'GPU')
 CONFIGURED_PARTS = ('Inputs', *MODEL_PARTS)
 
 

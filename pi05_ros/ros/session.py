@@ -13,6 +13,7 @@ from rclpy.lifecycle import LifecycleNode
 from pi05_ros.control import status
 from pi05_ros.control.core import ControlCore, TickResult
 from pi05_ros.control.gates import NS_PER_MS
+from pi05_ros.control.gpu import GpuMonitor
 from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.loading import WARM_UP_PROMPT, warm_up
@@ -40,6 +41,7 @@ class Running:
     core: ControlCore
     output: ActionOutput
     timing: TimingOutput
+    gpu: GpuMonitor
 
 
 class Session:
@@ -94,6 +96,7 @@ class Session:
             ControlCore(self._inputs, policy, settings),
             ActionOutput(node, self.robot, settings.action_interface, origin, settings.dry_run),
             TimingOutput(node, backend),
+            GpuMonitor(policy.info.device),
         )
 
     def close(self) -> None:
@@ -102,6 +105,7 @@ class Session:
         if self.running is not None:
             self.running.output.destroy()
             self.running.timing.destroy()
+            self.running.gpu.close()
         if self._policy is not None:
             self._policy.close()
         self.running = self._policy = None
@@ -133,7 +137,7 @@ class Session:
         return result
 
     def statuses(self, is_active: bool) -> list[status.Status]:
-        """Return what there is to say about inputs, pipeline, actions and model."""
+        """Return what there is to say about inputs, pipeline, actions, model and GPU."""
         inputs, settings = self._inputs, self.settings
         now_ns = self._node.get_clock().now().nanoseconds
         if self.running is not None:
@@ -154,6 +158,7 @@ class Session:
             status.pipeline_status(self.statistics, settings, info.stage_backends),
             status.action_status(core, self.statistics, topic, is_active, now_ns),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
+            self.running.gpu.status(),
         ]
 
     def _running(self) -> Running:

@@ -255,4 +255,4 @@ def test_model_text():
 
 def test_parts_of_an_unconfigured_node_are_listed_all_the_same():
     assert_text(status.not_configured('Inputs'), '[OK] Inputs: not configured')
-    assert status.CONFIGURED_PARTS == ('Inputs', 'Pipeline', 'Action', 'Model')
+    assert status.CONFIGURED_PARTS == ('Inputs', 'Pipeline', 'Action', 'Model', 'GPU')

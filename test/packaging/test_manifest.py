@@ -23,6 +23,7 @@ PYTHON_PACKAGES = {
     'matplotlib': ('matplotlib', 'python3-matplotlib'),
     'numpy': ('numpy', 'python3-numpy'),
     'pydantic': ('pydantic', 'python3-pydantic'),
+    'pynvml': ('nvidia-ml-py', ''),
     'rich': ('rich', 'python3-rich'),
     'rosbags': ('rosbags', ''),
     'safetensors': ('safetensors', ''),
