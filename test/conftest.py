@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
-# Set before rclpy or torch is imported anywhere, and inherited by every child process. Never the
+# Set before rclpy is imported anywhere, and inherited by every child process. Never the
 # user's own domain: a robot may listen there. Domains up to 101 have free ports on every system;
 # neighbouring process ids (pytest-xdist's workers) get different ones.
 os.environ['ROS_DOMAIN_ID'] = str(1 + os.getpid() * 7 % 100)
@@ -26,6 +27,10 @@ for _variable in (
 os.environ['FASTDDS_BUILTIN_TRANSPORTS'] = 'UDPv4'
 # On the tiny model more threads only wait for one another.
 os.environ['OMP_NUM_THREADS'] = '1'
+torch.set_num_threads(1)
+# Without a GPU, Triton kernels run through its interpreter: to be chosen before their import.
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'
 # Children that a test starts in another directory run this source tree, too.
 os.environ['PYTHONPATH'] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]

@@ -1,15 +1,10 @@
-"""Without a GPU, Triton kernels run through its interpreter: chosen before their import."""
+"""What the tests of the engine share."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'
 
 
 @pytest.fixture(scope='session')
