@@ -35,7 +35,7 @@ demo: env
 	$(BIN)/pi05-ros demo $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(DEMO_ARGS)
 
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-jazzy:
 	$(MAKE) test VENV=.venv-jazzy DISTRIBUTION=jazzy PYTEST_ARGS="-m ros $(PYTEST_ARGS)"

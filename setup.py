@@ -34,6 +34,7 @@ REQUIREMENTS = [
     'matplotlib',
     'numpy',
     'nvidia-ml-py',
+    'nvidia-ml-py',
     'pillow',
     'pydantic>=2',
     'pyyaml',
