@@ -34,7 +34,6 @@ REQUIREMENTS = [
     'matplotlib',
     'numpy',
     'nvidia-ml-py',
-    'nvidia-ml-py',
     'pillow',
     'pydantic>=2',
     'pyyaml',

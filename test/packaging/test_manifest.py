@@ -24,7 +24,6 @@ PYTHON_PACKAGES = {
     'numpy': ('numpy', 'python3-numpy'),
     'pydantic': ('pydantic', 'python3-pydantic'),
     'pynvml': ('nvidia-ml-py', ''),
-    'pynvml': ('nvidia-ml-py', ''),
     'rich': ('rich', 'python3-rich'),
     'rosbags': ('rosbags', ''),
     'safetensors': ('safetensors', ''),
