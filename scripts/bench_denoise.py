@@ -34,7 +34,6 @@ from pi05_ros.engine.denoise_tuner import (
     tune,
 )
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
-from pi05_ros.engine.kernels.adarms import GATE
 from pi05_ros.model.config import Pi05Config
 
 
@@ -142,13 +141,14 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
-    layer, mods = stage.layer, stage.weights.modulations[0]
+    layer = stage.layer
+    row = 0
     chains: dict[str, Callable[[int], None]] = {
-        'qkv': lambda i: layer.launch_qkv(i, mods[2 * i]),
-        'attend': layer.launch_attend,
-        'attention_out': lambda i: layer.launch_attention_out(i, mods[2 * i, GATE]),
-        'gate_up': lambda i: layer.launch_gate_up(i, mods[2 * i + 1]),
-        'down': lambda i: layer.launch_down(i, mods[2 * i + 1, GATE]),
+        'qkv': lambda i: layer.launch_qkv(row, i),
+        'attend': lambda i: layer.launch_attend(row, i),
+        'attention_out': lambda i: layer.launch_attention_out(row, i),
+        'gate_up': lambda i: layer.launch_gate_up(row, i),
+        'down': lambda i: layer.launch_down(row, i),
     }
     if isinstance(layer, TritonLayer):
         chains['merge'] = lambda i: layer.launch_merge()

@@ -22,7 +22,7 @@ from pi05_ros.engine.denoise_layers import ClusterLayer, LayerBuffers, TritonLay
 from pi05_ros.engine.denoise_tuning import DenoiseTuning, load_denoise_tuning
 from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import table_row
+from pi05_ros.engine.kernels.adarms import SCALE, table_row
 from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
 from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
@@ -129,19 +129,21 @@ class DenoiseStage:
         """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
         self._check_steps(num_steps)
         # Without PDL: everything enqueued before, such as the prefill, is complete after it.
-        self._launch_euler(self.noise, 0, 0.0, leave=False, enter=True, pdl=False)
+        first = table_row(num_steps, 0)
+        self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
-        modulations = self.weights.modulations[table_row(num_steps, step)]
-        self.layer.launch(layer, modulations[2 * layer], modulations[2 * layer + 1])
+        self.layer.launch(table_row(num_steps, step), layer)
 
     def launch_step_end(self, num_steps: int, step: int) -> None:
         """Enqueue the Euler update and, unless it was the last step, the next step's input."""
         source = self.noise if step == 0 else self.actions
+        row, following = table_row(num_steps, step), step + 1
+        enter = following < num_steps
         self._launch_euler(
-            source, table_row(num_steps, step), step_size(num_steps),
-            leave=True, enter=step + 1 < num_steps, pdl=self.layer.pdl,
+            source, row, table_row(num_steps, following) if enter else row,
+            step_size(num_steps), leave=True, enter=enter, pdl=self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:
@@ -188,6 +190,7 @@ class DenoiseStage:
 
         return LayerBuffers(
             x=buffer(rows, expert.width),
+            scaled=buffer(rows, expert.width),
             qkv=buffer(expert.num_heads + 2, rows, expert.head_dim),
             attended=buffer(rows, expert.num_heads * expert.head_dim),
             activated=buffer(rows, expert.mlp_dim),
@@ -199,12 +202,14 @@ class DenoiseStage:
         )
 
     def _launch_euler(
-        self, source: Tensor, row: int, dt: float, *, leave: bool, enter: bool, pdl: bool
-    ) -> None:
+        self, source: Tensor, row: int, next_row: int, dt: float,
+        *, leave: bool, enter: bool, pdl: bool,
+    ) -> None:  # fmt: skip
         weights, width = self.weights, self.config.expert.width
         actions = self.config.action_dim
         euler.euler_kernel[(self.horizon,)](
-            self.buffers.x, weights.modulations[row, -1],
+            self.buffers.x, self.buffers.scaled, weights.modulations[next_row, 0, SCALE],
+            weights.modulations[row, -1],
             weights.action_out, weights.action_out_bias,
             weights.action_in, weights.action_in_bias, source, self.actions, self.layer.ssq,
             dt, actions, W=width, PARTS=self.layer.parts,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pi05_ros.engine.denoise_tuning import DenoiseTuning, GemmTiling
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import GATE
+from pi05_ros.engine.kernels.adarms import GATE, SCALE, SHIFT
 from pi05_ros.engine.kernels.cluster_layer import PARTS, ClusterKernels
 from pi05_ros.engine.kernels.launch import block_size, has_pdl
 from pi05_ros.model.config import GemmaConfig
@@ -30,6 +30,7 @@ class LayerBuffers:
     """What a layer reads and writes; reused by every layer and step."""
 
     x: Tensor  # (H, W) residual stream
+    scaled: Tensor  # (H, W) x * (1 + scale of the next norm)
     qkv: Tensor  # (heads + 2, H, D)
     attended: Tensor  # (H, heads * D)
     activated: Tensor  # (H, F)
@@ -57,23 +58,24 @@ class ClusterLayer:
         self.prefetch = True
         self.pdl = True
 
-    def launch(self, layer: int, attention_mod: Tensor, mlp_mod: Tensor) -> None:
-        """Enqueue one layer; the modulations are (3, W) rows of the table."""
-        self.launch_qkv(layer, attention_mod)
-        self.launch_attend(layer)
-        self.launch_attention_out(layer, attention_mod[GATE])
-        self.launch_gate_up(layer, mlp_mod)
-        self.launch_down(layer, mlp_mod[GATE])
+    def launch(self, row: int, layer: int) -> None:
+        """Enqueue one layer with the modulations of one row of the table."""
+        self.launch_qkv(row, layer)
+        self.launch_attend(row, layer)
+        self.launch_attention_out(row, layer)
+        self.launch_gate_up(row, layer)
+        self.launch_down(row, layer)
 
     # Each kernel also asks for the weights of a later one that are not on their way yet.
-    def launch_qkv(self, layer: int, modulation: Tensor) -> None:
+    def launch_qkv(self, row: int, layer: int) -> None:
         """Enqueue norm, q, k, v and their rotation: x to qkv."""
         b, w = self._buffers, self._weights
+        modulation = w.modulations[row, 2 * layer]
         self._launch(
             'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
         )  # fmt: skip
 
-    def launch_attend(self, layer: int) -> None:
+    def launch_attend(self, row: int, layer: int) -> None:
         """Enqueue attention over prefix and suffix: qkv to attended."""
         b, w = self._buffers, self._weights
         self._launch(
@@ -82,25 +84,28 @@ class ClusterLayer:
             w.gate_up[layer],
         )
 
-    def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+    def launch_attention_out(self, row: int, layer: int) -> None:
         """Enqueue the output projection: attended into x."""
         b, w = self._buffers, self._weights
+        gate = w.modulations[row, 2 * layer, GATE]
         self._launch(
             'attention_out', (b.attended, w.attention_out[layer], gate, b.x, self.ssq),
             w.down[layer],
         )  # fmt: skip
 
-    def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
+    def launch_gate_up(self, row: int, layer: int) -> None:
         """Enqueue norm, gate, up and their product: x to activated."""
         b, w = self._buffers, self._weights
+        modulation = w.modulations[row, 2 * layer + 1]
         self._launch(
             'gate_up', (b.x, self.ssq, modulation, w.gate_up[layer], b.activated),
             w.qkv[(layer + 1) % len(w.qkv)],
         )  # fmt: skip
 
-    def launch_down(self, layer: int, gate: Tensor) -> None:
+    def launch_down(self, row: int, layer: int) -> None:
         """Enqueue the down projection: activated into x."""
         b, w = self._buffers, self._weights
+        gate = w.modulations[row, 2 * layer + 1, GATE]
         following = w.attention_out[(layer + 1) % len(w.qkv)]
         self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
 
@@ -122,24 +127,27 @@ class TritonLayer:
         self.horizon = buffers.x.shape[0]
         self.row_block = row_block(self.horizon)
         self.pdl = tuning.pdl and has_pdl(buffers.x.device)
+        mods = weights.modulations
+        self._qkv_shift = _shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
+        self._gate_up_shift = _shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
         self._plan()
 
-    def launch(self, layer: int, attention_mod: Tensor, mlp_mod: Tensor) -> None:
-        """Enqueue one layer; the modulations are (3, W) rows of the table."""
-        self.launch_qkv(layer, attention_mod)
-        self.launch_attend(layer)
+    def launch(self, row: int, layer: int) -> None:
+        """Enqueue one layer with the modulations of one row of the table."""
+        self.launch_qkv(row, layer)
+        self.launch_attend(row, layer)
         self.launch_merge()
-        self.launch_attention_out(layer, attention_mod[GATE])
-        self.launch_gate_up(layer, mlp_mod)
-        self.launch_down(layer, mlp_mod[GATE])
+        self.launch_attention_out(row, layer)
+        self.launch_gate_up(row, layer)
+        self.launch_down(row, layer)
 
     def _plan(self) -> None:
         """Turn the tuning into launch arguments and workspace that fit this model's shape."""
         expert, tuning, x = self._expert, self.tuning, self._buffers.x
         width, head_dim = expert.width, expert.head_dim
         split_rows = (tuning.attention.splits, expert.num_heads * self.horizon)
-        self._split_sums = torch.zeros(*split_rows, head_dim, device=x.device)
-        self._split_max, self._split_norm = torch.zeros(2, *split_rows, device=x.device)
+        self._parts = torch.zeros(*split_rows, head_dim, dtype=x.dtype, device=x.device)
+        self._log_sums = torch.zeros(split_rows, device=x.device)
         row_blocks = triton.cdiv(self.horizon, self.row_block)
         self._attention_out = _ResidualPlan(
             tuning.attention_out, 'heads * head_dim', expert.num_heads * head_dim,
@@ -153,26 +161,25 @@ class TritonLayer:
             self.horizon, self._attention_out.parts, device=x.device
         )
         self.ssq = torch.zeros(self.horizon, self.parts, device=x.device)
-        self._qkv_args = self._normed(tuning.qkv, 'head_dim / 2', head_dim // 2, self.parts)
+        self._qkv_args = self._normed(tuning.qkv, 'head_dim', head_dim, self.parts)
         self._gate_up_args = self._normed(
-            tuning.gate_up, 'mlp_dim', expert.mlp_dim, self._attention_out.parts
+            tuning.gate_up, '2 * mlp_dim', 2 * expert.mlp_dim, self._attention_out.parts
         )
         self._qkv_grid = (
-            (expert.num_heads + 2) * (head_dim // 2 // self._qkv_args['HALF']), row_blocks
+            (expert.num_heads + 2) * (head_dim // self._qkv_args['BN']), row_blocks
         )  # fmt: skip
-        self._gate_up_grid = (expert.mlp_dim // self._gate_up_args['HALF'], row_blocks)
+        self._gate_up_grid = (2 * expert.mlp_dim // self._gate_up_args['BN'], row_blocks)
 
     def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:
         """Return the launch arguments that the two products behind a norm share."""
         expert = self._expert
-        half = block_size(size, tiling.columns // 2, name)
         return {
             'K': expert.width,
             'PARTS': parts,
             'PARTS_POW2': triton.next_power_of_2(parts),
             'EPS': expert.rms_norm_eps,
             'BM': self.row_block,
-            'HALF': half,
+            'BN': block_size(size, tiling.columns, name),
             'BK': block_size(expert.width, tiling.depth, 'width'),
             'WARPS': tiling.warps,
             'PDL': self.pdl,
@@ -181,67 +188,75 @@ class TritonLayer:
             'num_stages': tiling.stages,
         }
 
-    def launch_qkv(self, layer: int, modulation: Tensor) -> None:
-        """Enqueue norm, q, k, v and their rotation: x to qkv."""
+    def launch_qkv(self, row: int, layer: int) -> None:
+        """Enqueue norm, q, k, v and their rotation: scaled to qkv."""
         b, expert = self._buffers, self._expert
         small_gemm.qkv_rope_kernel[self._qkv_grid](
-            b.x, self.ssq, modulation, self._weights.qkv[layer], b.cos, b.sin, b.n_prefix,
-            b.qkv, self.horizon, expert.num_heads, D=expert.head_dim, **self._qkv_args,
+            b.scaled, self.ssq, self._qkv_shift[row, layer], self._weights.qkv[layer],
+            b.cos, b.sin, b.n_prefix, b.qkv, self.horizon, expert.num_heads,
+            D=expert.head_dim, **self._qkv_args,
         )  # fmt: skip
 
-    def launch_attend(self, layer: int) -> None:
-        """Enqueue attention by key ranges: qkv to partial sums."""
+    def launch_attend(self, row: int, layer: int) -> None:
+        """Enqueue attention by key ranges: qkv to parts."""
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         head_dim = expert.head_dim
         row_blocks = triton.cdiv(expert.num_heads * self.horizon, tiling.rows)
         split_attention.attend_kernel[(row_blocks, tiling.splits)](
-            b.qkv, b.keys[layer], b.values[layer], b.n_prefix,
-            self._split_sums, self._split_max, self._split_norm,
+            b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts, self._log_sums,
             self.horizon, expert.num_heads, head_dim**-0.5 * math.log2(math.e),
             D=head_dim, SPLITS=tiling.splits, BM=tiling.rows, BN=tiling.keys,
-            WARPS=tiling.warps, PDL=self.pdl, launch_pdl=self.pdl,
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            PDL=self.pdl, launch_pdl=self.pdl, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
     def launch_merge(self) -> None:
-        """Enqueue the merge of the key ranges: to attended."""
+        """Enqueue the merge of the key ranges: parts to attended."""
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         split_attention.merge_kernel[(expert.num_heads * self.horizon,)](
-            self._split_sums, self._split_max, self._split_norm, b.n_prefix,
-            b.attended, self.horizon, expert.num_heads,
+            self._parts, self._log_sums, b.n_prefix, b.attended, self.horizon, expert.num_heads,
             D=expert.head_dim, SPLITS=tiling.splits,
             SPLITS_POW2=triton.next_power_of_2(tiling.splits), BN=tiling.keys,
             PDL=self.pdl, launch_pdl=self.pdl, num_warps=self.tuning.merge_warps,
         )  # fmt: skip
 
-    def launch_attention_out(self, layer: int, gate: Tensor) -> None:
+    def launch_attention_out(self, row: int, layer: int) -> None:
         """Enqueue the output projection: attended into x."""
-        weight = self._weights.attention_out[layer]
+        weight, norm = self._weights.attention_out[layer], 2 * layer
         self._launch_residual(
-            self._attention_out, self._buffers.attended, weight, gate, self._ssq_attention
+            self._attention_out, row, norm, self._buffers.attended, weight, self._ssq_attention
         )
 
-    def launch_gate_up(self, layer: int, modulation: Tensor) -> None:
-        """Enqueue norm, gate, up and their product: x to activated."""
-        b = self._buffers
+    def launch_gate_up(self, row: int, layer: int) -> None:
+        """Enqueue norm, gate, up and their product: scaled to activated."""
+        b, weights = self._buffers, self._weights
         small_gemm.gate_up_kernel[self._gate_up_grid](
-            b.x, self._ssq_attention, modulation, self._weights.gate_up[layer], b.activated,
-            self.horizon, N=self._expert.mlp_dim, **self._gate_up_args,
+            b.scaled, self._ssq_attention, self._gate_up_shift[row, layer],
+            weights.gate_up[layer], b.activated, self.horizon,
+            N=self._expert.mlp_dim, **self._gate_up_args,
         )  # fmt: skip
 
-    def launch_down(self, layer: int, gate: Tensor) -> None:
+    def launch_down(self, row: int, layer: int) -> None:
         """Enqueue the down projection: activated into x."""
+        weight, norm = self._weights.down[layer], 2 * layer + 1
         self._launch_residual(
-            self._down, self._buffers.activated, self._weights.down[layer], gate, self.ssq
+            self._down, row, norm, self._buffers.activated, weight, self.ssq
         )
 
     def _launch_residual(
-        self, plan: _ResidualPlan, a: Tensor, weight: Tensor, gate: Tensor, ssq: Tensor
+        self, plan: _ResidualPlan, row: int, norm: int, a: Tensor, weight: Tensor, ssq: Tensor
     ) -> None:
+        b, mods = self._buffers, self._weights.modulations[row]
         small_gemm.gated_residual_kernel[plan.grid](
-            a, weight, gate, self._buffers.x, ssq, plan.partials, plan.counters, self.horizon,
+            a, weight, mods[norm, GATE], mods[norm + 1, SCALE], b.x, b.scaled, ssq,
+            plan.partials, plan.counters, self.horizon,
             PDL=self.pdl, launch_pdl=self.pdl, **plan.args,
         )  # fmt: skip
+
+
+def _shift_products(shifts: Tensor, weights: Tensor) -> Tensor:
+    """Return shift @ weight^T (rows, L, N) float32, for shifts (rows, L, W), weights (L, N, W)."""
+    products = [shifts[:, i] @ weight.float().T for i, weight in enumerate(weights)]
+    return torch.stack(products, dim=1)
 
 
 class _ResidualPlan:
@@ -257,7 +272,7 @@ class _ResidualPlan:
             splits -= 1
         block = block_size(depth // splits, tiling.depth, name)
         self.parts = width // columns
-        self.grid = (self.parts, splits, row_blocks)
+        self.grid = (splits, self.parts, row_blocks)
         tiles = self.parts * row_blocks
         self.partials = torch.zeros(tiles, splits, rows, columns, device=like.device)
         self.counters = torch.zeros(tiles, dtype=torch.int32, device=like.device)

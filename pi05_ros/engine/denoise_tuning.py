@@ -50,12 +50,11 @@ class DenoiseTuning:
     """Every choice that changes the speed of a denoise step but not its function."""
 
     qkv: GemmTiling = GemmTiling(columns=32, depth=128, warps=4, stages=3)
-    attention: AttentionTiling = AttentionTiling(rows=64, keys=64, splits=17, warps=8)
-    attention_out: GemmTiling = GemmTiling(columns=64, depth=256, splits=8, warps=8, stages=1)
-    gate_up: GemmTiling = GemmTiling(columns=64, depth=64, warps=4, stages=3)
-    down: GemmTiling = GemmTiling(columns=64, depth=256, splits=8, warps=8, stages=2)
-    merge_warps: int = 4
-    euler_warps: int = 4
+    attention: AttentionTiling = AttentionTiling(rows=64, keys=32, splits=8, warps=4, stages=2)
+    attention_out: GemmTiling = GemmTiling(columns=32, depth=64, splits=4, warps=4, stages=4)
+    gate_up: GemmTiling = GemmTiling(columns=64, depth=64, warps=4, stages=4)
+    down: GemmTiling = GemmTiling(columns=32, depth=128, splits=4, warps=4, stages=3)
+    merge_warps: int = 1
     pdl: bool = True
 
     @classmethod

@@ -36,6 +36,7 @@ class StageTimes:
     total_ms: float
 
     def as_dict(self) -> dict[str, float]:
+        """Return name -> milliseconds, in this order."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -127,6 +128,7 @@ class Pipeline(ABC):
             raise BackendError(f'expected 1 to {longest} prompt tokens, got shape {tokens.shape}')
         expected = (self.shape.horizon, self.config.action_dim)
         if noise.shape != expected or noise.dtype != np.float32:
-            raise BackendError(f'noise must be {expected} float32, got {noise.shape} {noise.dtype}')
+            found = f'{noise.shape} {noise.dtype}'
+            raise BackendError(f'noise must be {expected} float32, got {found}')
         if not 1 <= num_steps <= self.shape.max_steps:
             raise BackendError(f'num_steps {num_steps} is outside 1 to {self.shape.max_steps}')

@@ -19,6 +19,8 @@ from pi05_ros.engine.kernels.launch import let_next_start, wait_for_previous
 @triton.jit
 def euler_kernel(
     x_ptr,  # (M, W) residual stream; read if LEAVE, written if ENTER
+    scaled_ptr,  # (M, W) x * (1 + scale), written if ENTER
+    scale_ptr,  # (W,) f32 of the next step's first norm
     mod_ptr,  # (3, W) f32, final norm
     w_out_ptr, b_out_ptr,  # (A, W), (A,) f32
     w_in_ptr, b_in_ptr,  # (W, A), (W,) f32
@@ -62,7 +64,10 @@ def euler_kernel(
             h = tl.sum(w * x_t[None, :], axis=1) + tl.load(b_in_ptr + cols)
             h = h.to(x_ptr.dtype.element_ty)
             tl.store(x_ptr + row * W + cols, h)
-            square += h.to(tl.float32) * h.to(tl.float32)
+            wide = h.to(tl.float32)
+            square += wide * wide
+            scaled = wide * (1.0 + tl.load(scale_ptr + cols))
+            tl.store(scaled_ptr + row * W + cols, scaled.to(x_ptr.dtype.element_ty))
         # The next norm adds PARTS partial sums: the whole sum is the first, the rest are zero.
         part = tl.arange(0, PARTS_POW2)
         ssq = tl.where(part == 0, tl.sum(square, axis=0), 0.0)

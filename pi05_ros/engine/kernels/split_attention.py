@@ -1,11 +1,11 @@
 """Attention of the action tokens over prefix and suffix, split over the keys.
 
 All query heads share one K/V head, so they are packed as rows: (heads * M, D) queries against
-n_prefix + M keys. One program takes a block of rows and a range of key blocks and leaves an
-unnormalised sum with its running maximum; a second kernel merges the ranges:
+n_prefix + M keys. One program takes a block of rows and a range of key blocks and leaves that
+range's result, in the storage dtype, with its log-sum; a second kernel merges the ranges:
 
-    m_s = max_j l_j    z_s = sum_j exp(l_j - m_s)    o_s = sum_j exp(l_j - m_s) v_j
-    o = sum_s exp(m_s - m) o_s / sum_s exp(m_s - m) z_s        l_j = q . k_j / sqrt(D)
+    z_s = log sum_j exp(l_j)      o_s = sum_j exp(l_j - z_s) v_j        l_j = q . k_j / sqrt(D)
+    o = sum_s exp(z_s) o_s / sum_s exp(z_s)
 
 The number of prefix keys is read from device memory: a shorter prompt makes fewer key blocks,
 spread evenly over the same grid. Logits stay float32 (the eager model rounds them to bf16).
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi05_ros.engine.kernels.launch import let_next_start, prefetch_rows, wait_for_previous
+from pi05_ros.engine.kernels.launch import let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def attend_kernel(
     qkv_ptr,  # (heads + 2, M, D): q heads, suffix k, suffix v
     k_ptr, v_ptr,  # (P_max, D) prefix of this layer
     n_prefix_ptr,  # (1,) int32
-    sum_ptr,  # (SPLITS, heads * M, D) f32, written
-    max_ptr, norm_ptr,  # (SPLITS, heads * M) f32, written; max is in units of log2
+    part_ptr,  # (SPLITS, heads * M, D), written
+    log_sum_ptr,  # (SPLITS, heads * M) f32, written, in units of log2
     M, heads, log2_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, one range of key blocks."""
     split = tl.program_id(1)
@@ -51,9 +51,6 @@ def attend_kernel(
     begin = split * per_split
     end = tl.minimum(begin + per_split, blocks)
     let_next_start(PDL)
-    if (begin + 1) * BN <= n_prefix:
-        prefetch_rows(k_ptr + begin * BN * D, 1, BN * D, 0, WARPS, PDL)
-        prefetch_rows(v_ptr + begin * BN * D, 1, BN * D, 0, WARPS, PDL)
     wait_for_previous(PDL)
 
     if begin < blocks:
@@ -64,11 +61,12 @@ def attend_kernel(
         norm = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, D), tl.float32)
         for block in range(begin, end):
-            if block < prefix_blocks:
-                first, limit, k_base, v_base = block * BN, n_prefix, k_ptr, v_ptr
-            else:
-                first, limit = (block - prefix_blocks) * BN, M
-                k_base, v_base = qkv_ptr + num_rows * D, qkv_ptr + (num_rows + M) * D
+            # Selections, not branches: a branch would keep the loads from being pipelined.
+            is_prefix = block < prefix_blocks
+            first = tl.where(is_prefix, block, block - prefix_blocks) * BN
+            limit = tl.where(is_prefix, n_prefix, M)
+            k_base = k_ptr if is_prefix else qkv_ptr + num_rows * D
+            v_base = v_ptr if is_prefix else qkv_ptr + (num_rows + M) * D
             keys = first + tl.arange(0, BN)
             key_mask = keys < limit
             offsets = keys[:, None] * D + dims[None, :]
@@ -83,15 +81,15 @@ def attend_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision='ieee')
             top = new_top
         at = split * num_rows + rows
-        tl.store(max_ptr + at, top, mask=row_mask)
-        tl.store(norm_ptr + at, norm, mask=row_mask)
-        tl.store(sum_ptr + at[:, None] * D + dims[None, :], acc, mask=row_mask[:, None])
+        tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
+        part = (acc / norm[:, None]).to(part_ptr.dtype.element_ty)
+        tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
 
 
 @triton.jit
 def merge_kernel(
-    sum_ptr,  # (SPLITS, heads * M, D) f32
-    max_ptr, norm_ptr,  # (SPLITS, heads * M) f32
+    part_ptr,  # (SPLITS, heads * M, D)
+    log_sum_ptr,  # (SPLITS, heads * M) f32
     n_prefix_ptr,  # (1,) int32
     out_ptr,  # (M, heads * D), written
     M, heads,
@@ -109,11 +107,10 @@ def merge_kernel(
     wait_for_previous(PDL)
 
     at = splits * num_rows + row
-    top = tl.load(max_ptr + at, mask=used, other=float('-inf'))
-    norm = tl.load(norm_ptr + at, mask=used, other=0.0)
-    sums = tl.load(sum_ptr + at[:, None] * D + dims[None, :], mask=used[:, None], other=0.0)
-    weight = tl.exp2(top - tl.max(top, axis=0))
-    out = tl.sum(sums * weight[:, None], axis=0) / tl.sum(norm * weight, axis=0)
+    log_sum = tl.load(log_sum_ptr + at, mask=used, other=float('-inf'))
+    parts = tl.load(part_ptr + at[:, None] * D + dims[None, :], mask=used[:, None], other=0.0)
+    weight = tl.exp2(log_sum - tl.max(log_sum, axis=0))
+    out = tl.sum(parts.to(tl.float32) * weight[:, None], axis=0) / tl.sum(weight, axis=0)
     head = row // M
     out_ptrs = out_ptr + (row - head * M) * (heads * D) + head * D + dims
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))

@@ -15,7 +15,7 @@ from pi05_ros.engine.denoise_layers import ClusterLayer, LayerBuffers, TritonLay
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import GATE
+from pi05_ros.engine.kernels.adarms import SCALE
 from pi05_ros.engine.kernels.launch import has_pdl
 from pi05_ros.model.config import GemmaConfig, Pi05Config
 
@@ -42,7 +42,6 @@ class Case:
     buffers: LayerBuffers
     weights: ExpertWeights
     expert: GemmaConfig
-    modulation: torch.Tensor
     prefix: int
 
     @property
@@ -50,9 +49,12 @@ class Case:
         rows = slice(self.prefix, self.prefix + self.buffers.x.shape[0])
         return self.buffers.cos[rows], self.buffers.sin[rows]
 
-    def set_residual(self) -> torch.Tensor:
-        """Fill x, and leave its sums of squares in several parts as a producer would."""
-        ssq = self.buffers.x.float().pow(2).sum(-1)
+    def set_residual(self, norm: int) -> torch.Tensor:
+        """Leave what the producer of x does: x scaled for a norm, sums of squares in parts."""
+        x = self.buffers.x.float()
+        ssq = x.pow(2).sum(-1)
+        scale = 1 + self.weights.modulations[0, norm, SCALE]
+        self.buffers.scaled.copy_((x * scale).to(self.buffers.x.dtype))
         for buffer in {id(b): b for b in self._ssq_buffers()}.values():
             buffer.zero_()
             buffer[:, 0] = 0.75 * ssq
@@ -78,6 +80,7 @@ def _case(kind: str, horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED)
     heads = expert.num_heads * head_dim
     buffers = LayerBuffers(
         x=draw(horizon, width),
+        scaled=draw(horizon, width),
         qkv=draw(expert.num_heads + 2, horizon, head_dim),
         attended=draw(horizon, heads),
         activated=draw(horizon, mlp),
@@ -93,17 +96,16 @@ def _case(kind: str, horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED)
         gate_up=draw(1, 2 * mlp, width, scale=width**-0.5),
         down=draw(1, width, mlp, scale=mlp**-0.5),
         **dict.fromkeys(
-            ('action_in', 'action_in_bias', 'action_out', 'action_out_bias', 'modulations'),
-            draw(1),
+            ('action_in', 'action_in_bias', 'action_out', 'action_out_bias'), draw(1)
         ),
+        modulations=draw(1, 3, 3, width, of=torch.float32),
     )
     layer: TritonLayer | ClusterLayer
     if kind == 'triton':
         layer = TritonLayer(buffers, weights, expert, tuning)
     else:
         layer = ClusterLayer(buffers, weights, expert)
-    modulation = draw(3, width, of=torch.float32)
-    return Case(layer, buffers, weights, expert, modulation, prefix)
+    return Case(layer, buffers, weights, expert, prefix)
 
 
 def _assert_close(kernel: torch.Tensor, twin: torch.Tensor) -> None:
@@ -121,11 +123,12 @@ HORIZONS = pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [3, 
 @HORIZONS
 def test_qkv_rope_matches_its_twin(kind, horizon):
     case = _case(kind, horizon, prefix=33)
-    x = case.set_residual()
+    x = case.set_residual(norm=0)
     case.buffers.qkv.fill_(float('nan'))
-    case.layer.launch_qkv(0, case.modulation)
+    case.layer.launch_qkv(0, 0)
+    weights, eps = case.weights, case.expert.rms_norm_eps
     expected = small_gemm.qkv_rope_reference(
-        x, case.modulation, case.weights.qkv[0], *case.tables, case.expert.rms_norm_eps
+        x, weights.modulations[0, 0], weights.qkv[0], *case.tables, eps
     )
     _assert_close(case.buffers.qkv, expected)
 
@@ -139,7 +142,7 @@ def test_attention_matches_its_twin(kind, horizon, prefix):
     case.buffers.keys[:, prefix:] = float('nan')
     case.buffers.values[:, prefix:] = float('nan')
     case.buffers.attended.fill_(float('nan'))
-    case.layer.launch_attend(0)
+    case.layer.launch_attend(0, 0)
     if isinstance(case.layer, TritonLayer):
         case.layer.launch_merge()
     expected = split_attention.attention_reference(
@@ -152,11 +155,11 @@ def test_attention_matches_its_twin(kind, horizon, prefix):
 @HORIZONS
 def test_gate_up_matches_its_twin(kind, horizon):
     case = _case(kind, horizon, prefix=1)
-    x = case.set_residual()
+    x = case.set_residual(norm=1)
     case.buffers.activated.fill_(float('nan'))
-    case.layer.launch_gate_up(0, case.modulation)
+    case.layer.launch_gate_up(0, 0)
     expected = small_gemm.gate_up_reference(
-        x, case.modulation, case.weights.gate_up[0], case.expert.rms_norm_eps
+        x, case.weights.modulations[0, 1], case.weights.gate_up[0], case.expert.rms_norm_eps
     )
     _assert_close(case.buffers.activated, expected)
 
@@ -164,18 +167,22 @@ def test_gate_up_matches_its_twin(kind, horizon):
 @KINDS
 @HORIZONS
 @pytest.mark.parametrize('tuning', [_RAGGED, _WHOLE], ids=['split', 'whole'])
-def test_gated_residuals_match_their_twin_and_leave_sums_of_squares(kind, horizon, tuning):
+def test_gated_residuals_match_their_twin_and_leave_what_a_norm_needs(kind, horizon, tuning):
     case = _case(kind, horizon, prefix=1, tuning=tuning)
-    for launch, source, weight, ssq in (
-        (case.layer.launch_attention_out, 'attended', 'attention_out', -1),
-        (case.layer.launch_down, 'activated', 'down', 0),
+    modulations = case.weights.modulations[0]
+    for norm, launch, source, weight, ssq in (
+        (0, case.layer.launch_attention_out, 'attended', 'attention_out', -1),
+        (1, case.layer.launch_down, 'activated', 'down', 0),
     ):
         x = case.buffers.x.clone()
-        launch(0, case.modulation[GATE])
+        launch(0, 0)
         expected = small_gemm.gated_residual_reference(
-            x, getattr(case.buffers, source), getattr(case.weights, weight)[0], case.modulation
+            x, getattr(case.buffers, source), getattr(case.weights, weight)[0], modulations[norm]
         )
         _assert_close(case.buffers.x, expected)
+        if isinstance(case.layer, TritonLayer):
+            scale = 1 + modulations[norm + 1, SCALE]
+            _assert_close(case.buffers.scaled, (case.buffers.x * scale).to(x.dtype))
         squares = case._ssq_buffers()[ssq].sum(-1)
         torch.testing.assert_close(
             squares, case.buffers.x.float().pow(2).sum(-1), rtol=1e-4, atol=1e-4
