@@ -63,7 +63,7 @@ REASONS = {
     Reason.CLOCK_JUMP_BACK: 'the ROS clock went back; all inputs were dropped',
     Reason.INFERENCE_FAILED: 'the model failed; the node leaves the active state',
     Reason.ACTION_NOT_FINITE: 'the model returned NaN or infinity: the whole chunk is dropped',
-    Reason.ACTION_JUMP: "the first row is further than `max_jump` from the measured joints",
+    Reason.ACTION_JUMP: 'the first row is further than `max_jump` from the measured joints',
     Reason.ACTION_TOO_FAST: 'faster than `max_rate` from row to row, or since the action before',
     Reason.ESTOP: '`~/estop` was called, and `~/estop_reset` not yet',
     Reason.OVERRUN: 'the tick before took longer than the period',

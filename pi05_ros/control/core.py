@@ -11,8 +11,6 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.types import ActionChunk, Observation
 
@@ -20,6 +18,7 @@ from .gates import NS_PER_MS, check_age, check_skew
 from .inputs import Inputs
 from .parameters import NodeSettings
 from .reasons import Reason, Skip
+from .safety import ActionGuard
 from .window import RateMeter
 
 # A pause between two ticks that is longer than this is a jump of the clock, not a slow inference.
@@ -68,7 +67,7 @@ class Counters:
     """Since :meth:`ControlCore.start`; always ``ticks == actions + sum(skips)``.
 
     ``reused_images`` counts images that were used for more than one action, ``clock_jumps`` how
-    often the clock went back.
+    often the clock went back, ``watchdog_trips`` how often actions failed to come in time.
     """
 
     ticks: int = 0
@@ -76,6 +75,7 @@ class Counters:
     skips: Counter[Reason] = field(default_factory=Counter)
     reused_images: int = 0
     clock_jumps: int = 0
+    watchdog_trips: int = 0
 
 
 class ControlCore:
@@ -84,17 +84,21 @@ class ControlCore:
     Args:
         inputs: filled through :meth:`push`; their camera sizes are fixed already.
         policy: called once per tick that has a complete observation.
+    Attributes:
+        estopped: the emergency stop is latched; no tick acts until it is reset.
     """
 
     def __init__(self, inputs: Inputs, policy: PolicyLike, settings: NodeSettings) -> None:
         self.inputs = inputs
         self.policy = policy
         self.settings = settings
+        self.estopped = False
         self.start()
 
     def start(self) -> None:
         """Begin counting at tick 0; called when the node is activated."""
         self.counters = Counters()
+        self.guard = ActionGuard(self.inputs.robot)
         self.last: TickResult | None = None
         self.recent: deque[bool] = deque(maxlen=max(1, round(self.settings.rate_hz)))
         self.action_rate = RateMeter()
@@ -123,6 +127,7 @@ class ControlCore:
             self._jumped = True
             self._last_tick_ns = None
             self.action_rate.clear()
+            self.guard.forget()
         self._clock_ns = now_ns
 
     def push(self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None) -> None:
@@ -144,7 +149,7 @@ class ControlCore:
         if isinstance(observation, Skip):
             skip = observation
         else:
-            chunk, skip, error = self._act(observation)
+            chunk, skip, error = self._act(observation, now_ns)
         done_ns = time.perf_counter_ns()
         gate_ms, act_ms = (gated_ns - began_ns) / 1e6, (done_ns - gated_ns) / 1e6
         result = TickResult(self._next_tick, now_ns, chunk, skip, gate_ms, act_ms, error)
@@ -161,6 +166,9 @@ class ControlCore:
     def _observe(self, now_ns: int) -> Observation | Skip:
         """Check everything that is cheap first; decode images last."""
         inputs, settings = self.inputs, self.settings
+        if self.estopped:
+            detail = 'the emergency stop is latched; ~/estop_reset releases it'
+            return Skip(Reason.ESTOP, '', detail)
         skip = inputs.missing()
         if skip is not None:
             if self._jumped:
@@ -173,6 +181,10 @@ class ControlCore:
             or inputs.prompt_skip()
             or inputs.observation(settings.stamp_source)
         )
+
+    def unready(self, now_ns: int) -> Skip | None:
+        """Name the first sensor that is missing, unreadable or stale; the task may come later."""
+        return self.inputs.missing() or self.inputs.malformed() or self._stale(now_ns)
 
     def _stale(self, now_ns: int) -> Skip | None:
         settings, source = self.settings, self.settings.stamp_source
@@ -187,7 +199,7 @@ class ControlCore:
         return check_skew(stamps, settings.max_skew_ms)
 
     def _act(
-        self, observation: Observation
+        self, observation: Observation, now_ns: int
     ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
         settings = self.settings
         try:
@@ -202,19 +214,10 @@ class ControlCore:
         except Exception as error:  # a broken device or model: counted here, handled by the caller
             detail = f'{type(error).__name__}: {error}'
             return None, Skip(Reason.INFERENCE_FAILED, '', detail), error
-        return self._check(chunk)
-
-    def _check(
-        self, chunk: ActionChunk
-    ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
-        """Refuse the whole chunk if any value is not finite."""
-        finite = np.isfinite(chunk.actions)
-        if finite.all():
-            return chunk, None, None
-        columns = np.flatnonzero(~finite.all(axis=0))
-        names = ', '.join(chunk.names[column] for column in columns)
-        skip = Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
-        return None, skip, None
+        checked = self.guard.check(chunk, observation.state, now_ns, settings.period_ns)
+        if isinstance(checked, Skip):
+            return None, checked, None
+        return checked, None, None
 
     def _count_missed(self, now_ns: int) -> None:
         """Count the periods that passed without a tick because the one before took too long.

@@ -27,6 +27,9 @@ class Reason(str, Enum):
     CLOCK_JUMP_BACK = 'clock_jump_back'
     INFERENCE_FAILED = 'inference_failed'
     ACTION_NOT_FINITE = 'action_not_finite'
+    ACTION_JUMP = 'action_jump'
+    ACTION_TOO_FAST = 'action_too_fast'
+    ESTOP = 'estop'
     OVERRUN = 'overrun'
 
     def __str__(self) -> str:

@@ -170,6 +170,7 @@ def action_status(
         why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
     by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
+    clipped = ', '.join(f'{name}={count}' for name, count in sorted(core.guard.clips.items()))
     values = [
         ('Target frequency (Hz)', _number(settings.rate_hz)),
         ('Actual frequency (Hz)', _number(core.action_rate.rate_hz(now_ns))),
@@ -180,6 +181,9 @@ def action_status(
         ('skipped by reason', by_reason or 'none'),
         ('reused images', str(counters.reused_images)),
         ('clock jumps', str(counters.clock_jumps)),
+        ('clipped by joint', clipped or 'none'),
+        ('watchdog trips', str(counters.watchdog_trips)),
+        ('emergency stop', 'latched' if core.estopped else 'off'),
         ('topic', topic),
         ('dry run', str(settings.dry_run).lower()),
     ]

@@ -6,6 +6,7 @@ once, into a frozen :class:`RobotSpec`. Everything that is not known here is an 
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from pathlib import Path
@@ -53,6 +54,10 @@ UNITS_OF_KIND: dict[str, tuple[str, ...]] = {
     'gripper_position': ('m', 'rad', '1'),
     'gripper_command': ('1',),
 }
+POSITION_KINDS = ('joint_position', 'gripper_position')
+# Limits of a joint's position where the robot file gives none: per action, and per second.
+DEFAULT_MAX_JUMP = {'rad': 0.5, 'm': 0.1}
+DEFAULT_MAX_RATE = {'rad': 3.0, 'm': 0.5}
 JOINT_KINDS = ('joint_position', 'joint_velocity', 'gripper_position')
 ALOHA_DIMS = 14
 
@@ -61,6 +66,7 @@ _Camera = Annotated[str, StringConstraints(pattern=r'^[a-z][a-z0-9_]{0,62}$')]
 _Joint = Annotated[str, StringConstraints(pattern=r'^[!-~]{1,128}$')]
 _Asset = Annotated[str, StringConstraints(max_length=200, pattern=r'^\w[\w.-]*(/\w[\w.-]*)*$')]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Limit = Annotated[float, Field(gt=0.0)]  # infinity is no limit
 
 
 class _Strict(BaseModel):
@@ -114,12 +120,31 @@ class ActionDim(Scaled):
 
     ``delta_to_state``: the model gives the difference to the state dimension of the same index,
     so the state of the observation is added to every row of the chunk.
+
+    ``min`` and ``max`` clip the action; one that exceeds :attr:`jump_limit` or :attr:`rate_limit`
+    is refused. All are in the action's unit.
     """
 
     name: _Name
     kind: ActionKind
     joint: _Joint | None = None
     delta_to_state: bool = False
+    min: _Finite | None = None
+    max: _Finite | None = None
+    max_jump: _Limit | None = None
+    max_rate: _Limit | None = None
+
+    @property
+    def jump_limit(self) -> float:
+        """Largest distance of a chunk's first row from the measured position; inf: no limit."""
+        default = DEFAULT_MAX_JUMP if self.kind == 'joint_position' else {}
+        return default.get(self.unit, math.inf) if self.max_jump is None else self.max_jump
+
+    @property
+    def rate_limit(self) -> float:
+        """Largest change per second from row to row and action to action; inf: no limit."""
+        default = DEFAULT_MAX_RATE if self.kind == 'joint_position' else {}
+        return default.get(self.unit, math.inf) if self.max_rate is None else self.max_rate
 
     @model_validator(mode='after')
     def _check_kind(self) -> ActionDim:
@@ -130,8 +155,16 @@ class ActionDim(Scaled):
             raise ValueError(f"{self.kind} needs 'joint', the name in JointState")
         if self.kind.startswith('eef_') and self.joint is not None:
             raise ValueError(f"{self.kind} has no 'joint'")
-        if self.delta_to_state and self.kind not in ('joint_position', 'gripper_position'):
+        if self.delta_to_state and self.kind not in POSITION_KINDS:
             raise ValueError(f'{self.kind} cannot be a delta to the state; only positions can')
+        return self
+
+    @model_validator(mode='after')
+    def _check_limits(self) -> ActionDim:
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f'min {self.min:g} is not below max {self.max:g}')
+        if self.max_jump is not None and self.kind not in POSITION_KINDS:
+            raise ValueError(f'{self.kind} is not measured; max_jump limits positions only')
         return self
 
 
@@ -213,6 +246,16 @@ class RobotSpec(_Strict):
         """Per action dimension: is the state to be added (openpi AbsoluteActions)?"""
         return tuple(dim.delta_to_state for dim in self.actions)
 
+    def measured_index(self, action: ActionDim) -> int | None:
+        """Return where in the state the position stands that an action drives, if it does."""
+        if action.kind not in POSITION_KINDS:
+            return None
+        for index, dim in enumerate(self.state):
+            same = (dim.joint, dim.field, dim.unit) == (action.joint, 'position', action.unit)
+            if same:
+                return index
+        return None
+
     @property
     def state_joints(self) -> tuple[str, ...]:
         """Joint names that a JointState must bring, each once, in the order of the state."""
@@ -254,6 +297,11 @@ class RobotSpec(_Strict):
         for index, action in enumerate(self.actions):
             if action.delta_to_state:
                 self._check_delta(index, action)
+            if action.max_jump is not None and self.measured_index(action) is None:
+                raise ValueError(
+                    f'action {action.name} has max_jump, but the state has no '
+                    f'{action.joint}.position [{action.unit}] to measure it by'
+                )
         return self
 
     def _check_delta(self, index: int, action: ActionDim) -> None:

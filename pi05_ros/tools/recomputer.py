@@ -15,6 +15,7 @@ from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.loading import check_settings, load
 from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import InputFault, Skip
+from pi05_ros.control.safety import ActionGuard
 from pi05_ros.control.topics import input_topics
 from pi05_ros.engine.build import BACKENDS
 from pi05_ros.model.errors import Pi05Error
@@ -97,6 +98,7 @@ class Recomputer:
         self.policy: Policy | None = None
         robot = check_settings(settings)
         self._inputs = Inputs(robot, settings, foreign_decoder)
+        self._guard = ActionGuard(robot)
         self._names = {
             remapping.resolve(wanted.topic): wanted.name
             for wanted in input_topics(robot, settings)
@@ -175,7 +177,7 @@ class Recomputer:
             then = f'{len(recorded.actions)} rows of {", ".join(recorded.names)}'
             now = f'{len(found.actions)} rows of {", ".join(found.names)}'
             return Outcome(recorded, None, f'recorded {then}; computed {now}')
-        return Outcome(recorded, found)
+        return Outcome(recorded, replace(found, actions=self._guard.clip(found.actions)))
 
     def _load(self, recorded: RecordedChunk) -> Policy:
         """Load what the first chunk says that it was made with."""

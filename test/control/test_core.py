@@ -29,13 +29,13 @@ def test_complete_observation_reaches_the_policy_unchanged():
     rig = Rig()
     rig.image('base', image=gradient(start=1))
     rig.image('wrist', image=gradient(start=2))
-    rig.joints(value=0.5)
+    rig.joints(value=0.3)
     result = rig.tick()
     assert result.skip is None
     (observation,) = rig.policy.seen
     np.testing.assert_array_equal(observation.images['base'], gradient(start=1))
     np.testing.assert_array_equal(observation.images['wrist'], gradient(start=2))
-    assert observation.state.tolist() == [0.5] * len(JOINTS)
+    assert observation.state.tolist() == [0.3] * len(JOINTS)
     assert observation.prompt == TASK
     assert rig.policy.calls == [(0, 0, 10)]
 
@@ -387,5 +387,8 @@ def test_reason_names_are_stable():
         'clock_jump_back',
         'inference_failed',
         'action_not_finite',
+        'action_jump',
+        'action_too_fast',
+        'estop',
         'overrun',
     ]

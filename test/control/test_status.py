@@ -203,6 +203,9 @@ def test_action_text():
           skipped by reason: none
           reused images: 0
           clock jumps: 0
+          clipped by joint: panda_finger_joint1=3, panda_joint4=3
+          watchdog trips: 0
+          emergency stop: off
           topic: /commands
           dry run: true
         """,

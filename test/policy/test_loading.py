@@ -72,8 +72,8 @@ def test_chunk_is_the_pipelines_answer_in_robot_units(policy: Policy):
     tokens = policy.tokenizer.encode(PROMPT, policy.stats.state.normalize(STATE))
     images = [seen.images['base'], seen.images['wrist']]
     raw = policy.pipeline.infer(images, tokens, noise(3, 12, 10, 32), 3).actions.astype(np.float64)
-    q01 = np.array([-0.05] * 7 + [0.0])
-    q99 = np.array([0.05] * 7 + [0.04])
+    q01 = np.array([-0.005] * 7 + [0.0])
+    q99 = np.array([0.005] * 7 + [0.04])
     expected = (raw[:, :8] + 1) / 2 * (q99 - q01 + 1e-6) + q01
     expected[:, :7] += STATE[:7]
     np.testing.assert_allclose(chunk.actions, expected, rtol=1e-6, atol=1e-7)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pi05_ros.policy.errors import RobotError
-from pi05_ros.policy.robot import RobotSpec, load_robot, robot_names
+from pi05_ros.policy.robot import ActionDim, RobotSpec, load_robot, robot_names
 from pi05_ros.policy.strict_yaml import MAX_BYTES
 from pi05_ros.resources import robot_dir
 
@@ -233,3 +233,35 @@ def test_shipped_file_says_what_it_is_and_where_its_keys_are_explained(path: Pat
     assert lines[0].startswith('# ')
     assert any('template.yaml' in line for line in lines) or path.stem == 'template'
     assert max(len(line) for line in lines) <= 100
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'min': 1.0, 'max': -1.0}, 'min 1 is not below max -1'),
+        ({'max_rate': 0.0}, 'max_rate'),
+        ({'max_jump': float('nan')}, 'max_jump'),
+        ({'min': float('inf')}, 'min'),
+    ],
+)
+def test_impossible_limits_are_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    content = franka()
+    content['actions'][0] |= change
+    with pytest.raises(RobotError, match=message):
+        load(tmp_path, content)
+
+
+def test_jump_limit_needs_a_measured_joint(tmp_path: Path):
+    content = franka()
+    content['actions'][7] |= {'joint': 'other_finger', 'max_jump': 0.01}
+    with pytest.raises(RobotError, match='the state has no other_finger.position'):
+        load(tmp_path, content)
+
+
+def test_joint_positions_have_limits_of_jump_and_rate_unless_said_otherwise():
+    dim = ActionDim(name='a', kind='joint_position', joint='a', unit='rad')
+    assert (dim.jump_limit, dim.rate_limit) == (0.5, 3.0)
+    off = ActionDim(name='a', kind='joint_position', joint='a', unit='rad', max_jump=float('inf'))
+    assert off.jump_limit == float('inf')
+    gripper = ActionDim(name='g', kind='gripper_position', joint='g', unit='m')
+    assert (gripper.jump_limit, gripper.rate_limit) == (float('inf'), float('inf'))

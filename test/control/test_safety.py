@@ -1,0 +1,197 @@
+"""No action that passes the guard is outside of any limit, whatever the model returns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from rig import FRANKA, START_NS, Rig, ScriptedPolicy
+
+from pi05_ros.control.reasons import Reason, Skip
+from pi05_ros.control.safety import ActionGuard, HoldError, hold_row
+from pi05_ros.policy.robot import ActionDim, load_robot
+from pi05_ros.policy.types import ActionChunk
+
+PERIOD_NS = 50_000_000
+STATE = np.array([0.0, -0.5, 0.0, -2.4, 0.0, 2.2, 0.7, 0.02])
+DIMS = FRANKA.actions
+LOW = np.array([dim.min for dim in DIMS])
+HIGH = np.array([dim.max for dim in DIMS])
+JUMP = np.array([dim.jump_limit for dim in DIMS])
+RATE = np.array([dim.rate_limit for dim in DIMS])
+SLACK = 1.0 + 1e-5
+
+any_float = st.floats(width=32, allow_nan=True, allow_infinity=True)
+small = st.floats(-0.0625, 0.0625, width=32)
+
+
+def steps(elements: st.SearchStrategy[float]) -> st.SearchStrategy[np.ndarray]:
+    return arrays(np.float32, (3, len(DIMS)), elements=elements)
+
+
+def chunk_of(actions: np.ndarray) -> ActionChunk:
+    rig = Rig(ScriptedPolicy())
+    rig.everything()
+    found = rig.policy.act(rig.inputs.observation('header'), tick=0, seed=0)
+    return replace(found, actions=actions)
+
+
+CHUNK = chunk_of(np.tile(STATE, (3, 1)).astype(np.float32))
+
+
+def checked(actions: np.ndarray, guard: ActionGuard | None = None, now_ns: int = START_NS):
+    guard = guard or ActionGuard(FRANKA)
+    return guard.check(replace(CHUNK, actions=actions), STATE, now_ns, PERIOD_NS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps(any_float) | steps(small).map(lambda moves: (STATE + moves).astype(np.float32)))
+def test_what_passes_is_finite_within_limits_near_and_slow(actions):
+    found = checked(actions)
+    if isinstance(found, Skip):
+        assert found.reason in (
+            Reason.ACTION_NOT_FINITE, Reason.ACTION_JUMP, Reason.ACTION_TOO_FAST,
+        )  # fmt: skip
+        return
+    rows = found.actions.astype(np.float64)
+    assert np.isfinite(rows).all()
+    assert (rows >= LOW).all()
+    assert (rows <= HIGH).all()
+    assert (np.abs(rows[0] - STATE) <= JUMP * SLACK).all()
+    assert (np.abs(np.diff(rows, axis=0)) / CHUNK.step_s <= RATE * SLACK).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(steps(small), st.integers(1, 4)), min_size=2, max_size=6))
+def test_no_two_actions_that_pass_are_faster_than_the_limit(moves):
+    guard, now_ns, before = ActionGuard(FRANKA), START_NS, None
+    for move, periods in moves:
+        now_ns += periods * PERIOD_NS
+        row = (STATE + move[0]).astype(np.float32)
+        found = checked(np.tile(row, (3, 1)), guard, now_ns)
+        if isinstance(found, Skip):
+            continue
+        first = found.actions[0].astype(np.float64)
+        if before is not None:
+            speed = np.abs(first - before[0]) / ((now_ns - before[1]) / 1e9)
+            assert (speed <= RATE * SLACK).all()
+        before = (first, now_ns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps(st.floats(-1e6, 1e6, width=32)))
+def test_clipping_twice_changes_nothing(actions):
+    guard = ActionGuard(FRANKA)
+    once = guard.clip(actions)
+    assert guard.clip(once) is once
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_refuses_the_whole_action(bad):
+    actions = CHUNK.actions.copy()
+    actions[2, 3] = bad
+    found = checked(actions)
+    assert isinstance(found, Skip)
+    assert str(found) == 'action_not_finite: not finite in the action: panda_joint4'
+
+
+def test_clips_are_counted_by_joint_and_leave_the_rest_alone():
+    guard = ActionGuard(FRANKA)
+    actions = CHUNK.actions.copy()
+    actions[1:, 7] = 0.3
+    found = checked(actions, guard)
+    assert found.actions[:, 7] == pytest.approx([0.02, 0.04, 0.04])
+    np.testing.assert_array_equal(found.actions[:, :7], actions[:, :7])
+    assert guard.clips == {'panda_finger_joint1': 1}
+
+
+def test_a_jump_names_every_joint_with_figure_and_limit_worst_first():
+    actions = CHUNK.actions.copy()
+    actions[:, 0] += 0.6
+    actions[:, 4] -= 0.75
+    found = checked(actions)
+    assert isinstance(found, Skip)
+    assert found.reason is Reason.ACTION_JUMP
+    assert found.detail == (
+        'from the measured position: panda_joint5 0.75 rad > 0.5 rad, '
+        'panda_joint1 0.6 rad > 0.5 rad'
+    )
+
+
+def test_a_fast_row_is_refused():
+    actions = CHUNK.actions.copy()
+    actions[2, 1] += 0.15
+    assert str(checked(actions)) == (
+        'action_too_fast: between two rows: panda_joint2 3 rad/s > 2.175 rad/s'
+    )
+
+
+def test_a_fast_change_since_the_action_before_is_refused_until_time_has_passed():
+    guard = ActionGuard(FRANKA)
+    away = CHUNK.actions.copy()
+    away[:, 0] += 0.2
+    assert isinstance(checked(CHUNK.actions, guard), ActionChunk)
+    found = checked(away, guard, START_NS + PERIOD_NS)
+    assert str(found) == (
+        'action_too_fast: since the action before: panda_joint1 4 rad/s > 2.175 rad/s'
+    )
+    assert isinstance(checked(away, guard, START_NS + 2 * PERIOD_NS), ActionChunk)
+
+
+def test_a_refused_action_is_a_counted_skip_of_the_tick():
+    rig = Rig(ScriptedPolicy(value=2.0))
+    result = rig.fresh_tick()
+    assert result.skip is not None
+    assert result.skip.reason is Reason.ACTION_JUMP
+    assert rig.core.counters.skips == {Reason.ACTION_JUMP: 1}
+    rig.assert_consistent()
+
+
+def test_estop_is_latched_over_starts_and_calls_no_model():
+    rig = Rig()
+    assert rig.fresh_tick().chunk is not None
+    rig.core.estopped = True
+    rig.core.start()
+    for _ in range(3):
+        result = rig.fresh_tick()
+        assert str(result.skip) == (
+            'estop: the emergency stop is latched; ~/estop_reset releases it'
+        )
+    assert len(rig.policy.calls) == 1
+    rig.core.estopped = False
+    assert rig.fresh_tick().chunk is not None
+    rig.assert_consistent()
+
+
+def test_limits_do_not_hinder_robots_that_give_none():
+    robot = load_robot('libero')
+    chunk = replace(CHUNK, actions=np.full((2, 7), 1e3, np.float32), names=robot.action_names)
+    found = ActionGuard(robot).check(chunk, np.zeros(robot.state_dim), START_NS, PERIOD_NS)
+    assert isinstance(found, ActionChunk)
+    np.testing.assert_array_equal(found.actions, chunk.actions)
+
+
+def test_hold_keeps_joints_where_measured_and_the_gripper_as_commanded():
+    measured = {dim.joint: 0.1 * i for i, dim in enumerate(DIMS) if dim.joint}
+    row = hold_row(DIMS, np.full(8, 0.04), measured)
+    assert row == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.04])
+
+
+def test_hold_of_a_joint_that_was_not_measured_is_refused_not_guessed():
+    with pytest.raises(HoldError, match='no measured position of panda_joint1'):
+        hold_row(DIMS, np.zeros(8), {})
+
+
+def test_hold_of_a_velocity_is_zero():
+    dim = ActionDim(name='a', kind='joint_velocity', joint='a', unit='rad/s')
+    assert hold_row((dim,), np.ones(1), {}) == [0.0]
+
+
+def test_hold_of_an_end_effector_delta_is_refused():
+    dim = ActionDim(name='x', kind='eef_delta_position', unit='m')
+    with pytest.raises(HoldError, match=r'x \(eef_delta_position\) has no command to hold'):
+        hold_row((dim,), np.ones(1), {})
