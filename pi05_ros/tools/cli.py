@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from pi05_ros import __version__
 from pi05_ros.model.errors import Pi05Error
 
-COMMANDS = ('ab', 'bench', 'checkpoint', 'demo', 'parity', 'play', 'recompute', 'replay', 'tune')
+COMMANDS = (
+    *('ab', 'bench', 'checkpoint', 'demo', 'doctor', 'parity', 'play'),
+    *('recompute', 'replay', 'tune'),
+)
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
