@@ -21,6 +21,7 @@ from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import Skip
 from pi05_ros.ros.bridge import RosLogHandler, environment, find_converter, hardware_id
 from pi05_ros.ros.diagnostics import DiagnosticsPublisher
+from pi05_ros.ros.doctor import DoctorService
 from pi05_ros.ros.lifecycle import ManagedNode
 from pi05_ros.ros.outputs import check_carries
 from pi05_ros.ros.parameters import NodeParameters
@@ -61,6 +62,7 @@ class PolicyNode(ManagedNode):
         log.setLevel(logging.DEBUG)  # the node's own level decides
         self._node_parameters = NodeParameters(self, self._change_settings)
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
+        self._doctor = DoctorService(self, self._node_parameters, self._statuses)
 
     def destroy_node(self) -> None:
         """Free the node; its logger is gone afterwards."""
