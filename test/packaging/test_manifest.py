@@ -59,7 +59,8 @@ def imports_of(folder: str) -> set[str]:
 
 
 def is_ros(name: str) -> bool:
-    return name in {'rclpy', 'launch', 'launch_ros'} or name.endswith(('_msgs', '_srvs', '_interfaces'))
+    kinds = ('_msgs', '_srvs', '_interfaces')
+    return name in {'rclpy', 'launch', 'launch_ros'} or name.endswith(kinds)
 
 
 def test_every_python_package_that_is_imported_is_required(setup_module):
