@@ -12,6 +12,7 @@ import time
 from typing import Any, NoReturn
 
 from rclpy.timer import Timer
+from std_srvs.srv import Trigger
 
 from pi05_ros.control import status
 from pi05_ros.control.clock import ClockWatch
@@ -51,6 +52,7 @@ class PolicyNode(ManagedNode):
         self._load_policy = load_policy
         self._session: Session | None = None
         self._tick_timer: Timer | None = None
+        self._estopped = False
         self._last_skip: Skip | None = None
         self._progress = ''
         self._clock_watch = ClockWatch()
@@ -63,6 +65,12 @@ class PolicyNode(ManagedNode):
         self._node_parameters = NodeParameters(self, self._change_settings)
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
         self._doctor = DoctorService(self, self._node_parameters, self._statuses)
+        # rclpy's types know no service types.
+        trigger: Any = Trigger
+        self._estop_services = [
+            self.create_service(trigger, '~/estop', self._on_estop),
+            self.create_service(trigger, '~/estop_reset', self._on_estop_reset),
+        ]
 
     def destroy_node(self) -> None:
         """Free the node; its logger is gone afterwards."""
@@ -77,10 +85,12 @@ class PolicyNode(ManagedNode):
         self._session = Session(self, settings, robot, self._converter.decode)
         self._session.open(self._load_policy, self._report_progress)
         assert self._session.running is not None
+        self._session.set_estop(self._estopped)
         self._diagnostics.hardware_id = hardware_id(self._session.running.policy.info.device)
 
     def _arm(self) -> None:
         assert self._session is not None
+        self._session.check_ready()
         self._session.start()
         self._last_skip = None
         # On the ROS clock, so that the ticks of a simulation or a bag follow /clock.
@@ -90,6 +100,8 @@ class PolicyNode(ManagedNode):
         if self._tick_timer is not None:
             self.destroy_timer(self._tick_timer)
             self._tick_timer = None
+        if self._session is not None:
+            self._session.stop()
 
     def _teardown(self) -> None:
         session, self._session = self._session, None
@@ -112,6 +124,25 @@ class PolicyNode(ManagedNode):
             self.fail(result.error)
         elif core.health != health:
             self._diagnostics.publish()
+
+    def _on_estop(self, request: Any, response: Any) -> Any:
+        """Latch the emergency stop, in every state of the node."""
+        self._latch(True)
+        response.success, response.message = True, 'latched; ~/estop_reset releases it'
+        return response
+
+    def _on_estop_reset(self, request: Any, response: Any) -> Any:
+        response.success, response.message = True, 'released' if self._estopped else 'was not set'
+        self._latch(False)
+        return response
+
+    def _latch(self, estopped: bool) -> None:
+        if estopped != self._estopped:
+            self.get_logger().warning(f'emergency stop {"latched" if estopped else "released"}')
+        self._estopped = estopped
+        if self._session is not None:
+            self._session.set_estop(estopped)
+        self._diagnostics.publish()
 
     def _log_change(self, skip: Skip | None) -> None:
         """Log when ticks begin to be skipped, for another reason, and when they act again."""

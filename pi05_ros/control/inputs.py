@@ -211,6 +211,17 @@ class Inputs:
         stamps_ns = {name: slot.stamp_ns(stamp_source) for name, slot in self.sensors.items()}
         return Observation(images, state, prompt or self.prompt.text, stamps_ns)
 
+    def joint_positions(self) -> dict[str, float]:
+        """Return joint -> newest measured position; empty without a usable message."""
+        try:
+            message = parse_joint_state(self.joints.message)
+        except InputFault:
+            return {}
+        if len(message.names) != len(message.position):
+            return {}
+        measured = zip(message.names, message.position.tolist(), strict=True)
+        return {name: position for name, position in measured if np.isfinite(position)}
+
     def _fill_pose(self, state: np.ndarray) -> None:
         pose = parse_pose_stamped(self.pose.message)
         for index, dim in enumerate(self.robot.state):

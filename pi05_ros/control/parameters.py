@@ -83,7 +83,14 @@ class NodeSettings:
     input_timeout_s: float
     action_interface: str
     dry_run: bool
+    watchdog_periods: int
+    watchdog_action: str
     cameras: Mapping[str, CameraSettings] = field(default_factory=dict)
+
+    @property
+    def watchdog_timeout_s(self) -> float:
+        """How long no action may come while the node is active."""
+        return self.watchdog_periods / self.rate_hz
 
     @property
     def period_ns(self) -> int:
@@ -231,6 +238,21 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'bool',
         True,
         'Send no command: chunks go to ~/dry_run/action_chunk only.',
+    ),
+    ParameterSpec(
+        'watchdog_periods',
+        'int',
+        5,
+        'Ticks without an action, by the steady clock, after which the watchdog acts.',
+        minimum=1,
+        maximum=1000,
+    ),
+    ParameterSpec(
+        'watchdog_action',
+        'string',
+        'hold',
+        'hold: command the measured position once. stop: only stop publishing.',
+        choices=('hold', 'stop'),
     ),
 )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 import pi05_ros.msg as msg
+from pi05_ros.control.safety import hold_row
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import ActionDim, RobotSpec
 from pi05_ros.policy.types import ActionChunk
@@ -111,6 +114,13 @@ def command_message(chunk: ActionChunk) -> Float64MultiArray:
     return Float64MultiArray(data=array.array('d', first.tobytes()))
 
 
+def hold_trajectory(row: np.ndarray, joints: tuple[str, ...], step_s: float) -> JointTrajectory:
+    """Encode one row to be reached within one step, from now on (a stamp of zero)."""
+    until = duration_message(round(step_s * NS_PER_S))
+    point = JointTrajectoryPoint(positions=row.tolist(), time_from_start=until)
+    return JointTrajectory(joint_names=list(joints), points=[point])
+
+
 def chunk_message(chunk: ActionChunk, origin: Provenance, dry_run: bool) -> msg.ActionChunk:
     """Encode everything that is needed to recompute the chunk."""
     actions = np.ascontiguousarray(chunk.actions, dtype=np.float32)
@@ -135,6 +145,10 @@ def chunk_message(chunk: ActionChunk, origin: Provenance, dry_run: bool) -> msg.
     return message
 
 
+def _full_name(namespace: str, name: str) -> str:
+    return f'{namespace.rstrip("/")}/{name}'
+
+
 class ActionOutput:
     """Publishes chunks on the one chosen interface, or on the dry-run topic.
 
@@ -157,6 +171,10 @@ class ActionOutput:
     ) -> None:
         check_carries(interface, robot)
         self._node = node
+        self._robot = robot
+        # The watchdog holds from a thread of its own.
+        self._lock = threading.Lock()
+        self._commanded: np.ndarray | None = None
         self._origin = origin
         self._interface = 'dry_run' if dry_run else interface
         self._joints = tuple(joint for joint in robot.action_joints if joint is not None)
@@ -175,7 +193,49 @@ class ActionOutput:
 
     def publish(self, chunk: ActionChunk) -> None:
         """Encode the whole chunk, then send it: a failure in between sends nothing."""
-        self._publisher.publish(self._encode(chunk))
+        message = self._encode(chunk)
+        with self._lock:
+            self._publisher.publish(message)
+            self._commanded = chunk.actions[0]
+
+    def hold(self, measured: Mapping[str, float]) -> bool:
+        """Command the robot to stay where it is, once after the last action.
+
+        A dry run commands nothing, and an action chunk carries no hold: who plays it has to stop
+        at its end. Both send nothing here.
+
+        Args:
+            measured: joint -> position.
+        Returns: whether a command was sent.
+        Raises:
+            HoldError: there is no such command; nothing was sent.
+        """
+        with self._lock:
+            if self._commanded is None or self._interface in ('dry_run', 'action_chunk'):
+                return False
+            row = hold_row(self._robot.actions, self._commanded, measured)
+            if self._interface == 'joint_trajectory':
+                self._publisher.publish(hold_trajectory(row, self._joints, self._robot.step_s))
+            else:
+                self._publisher.publish(Float64MultiArray(data=array.array('d', row.tobytes())))
+            self._commanded = None
+        return True
+
+    def release(self) -> None:
+        """Hold no more: the last command has lapsed."""
+        with self._lock:
+            self._commanded = None
+
+    def other_publishers(self) -> list[str]:
+        """Name the nodes that publish on the same topic, beside this one."""
+        own = _full_name(self._node.get_namespace(), self._node.get_name())
+        names = [
+            _full_name(found.node_namespace, found.node_name)
+            for found in self._node.get_publishers_info_by_topic(self.topic)
+        ]
+        if own in names:
+            names.remove(own)  # once: another node of the same name stays in the list
+        return sorted(names)
 
     def destroy(self) -> None:
         """Remove the publisher."""

@@ -19,7 +19,10 @@ from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.loading import WARM_UP_PROMPT, warm_up
 from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import InputFault, Reason, Skip
+from pi05_ros.control.safety import HoldError
 from pi05_ros.control.statistics import TickStatistics
+from pi05_ros.control.watchdog import Watchdog
+from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import RobotSpec
 from pi05_ros.policy.types import ActionChunk, Observation
 
@@ -30,7 +33,14 @@ from .timing import TimingOutput
 if TYPE_CHECKING:
     from pi05_ros.policy.policy import Policy
 
+# Activation waits this long for inputs that stutter.
+READY_TIMEOUT_S = 1.0
+
 LoadPolicy = Callable[[NodeSettings, Mapping[str, tuple[int, int]]], 'Policy']
+
+
+class NotReadyError(Pi05Error):
+    """The node must not act now."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Session:
         self.statistics = TickStatistics()
         self._node = node
         self._policy: Policy | None = None
+        self._watchdog: Watchdog | None = None
         self._inputs = Inputs(robot, settings, foreign_decoder)
         self._feeds = InputSubscriptions(node, self._inputs.topics, self._inputs.push)
 
@@ -111,10 +122,53 @@ class Session:
         self.running = self._policy = None
         gc.collect()  # models hold reference cycles; their memory is to be free now
 
+    def check_ready(self) -> None:
+        """Refuse to act while another node commands the robot, or an input is not there.
+
+        Raises:
+            NotReadyError: names who publishes on the action topic, or the input.
+        """
+        running = self._running()
+        others = [] if self.settings.dry_run else running.output.other_publishers()
+        if others:
+            raise NotReadyError(
+                f'{running.output.topic} is already published by {", ".join(others)}; '
+                'stop it, or remap'
+            )
+        skip: Skip | None = None
+
+        def is_ready() -> bool:
+            nonlocal skip
+            now_ns = self._node.get_clock().now().nanoseconds
+            running.core.advance(now_ns)
+            skip = running.core.unready(now_ns)
+            return skip is None
+
+        if not self._feeds.wait(is_ready, READY_TIMEOUT_S):
+            raise NotReadyError(f'an input is not ready: {skip}')
+
     def start(self) -> None:
-        """Count ticks and times from zero."""
+        """Count ticks and times from zero, and watch that actions come."""
         self._running().core.start()
         self.statistics = TickStatistics()
+        self._watchdog = Watchdog(self.settings.watchdog_timeout_s, self._on_stall)
+
+    def stop(self) -> None:
+        """Make the robot hold; works on a session that was not started."""
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            watchdog.stop()
+            self._feeds.poll()
+            self._hold('the node stops acting')
+
+    def set_estop(self, latched: bool) -> None:
+        """Latch the emergency stop and make the robot hold, or release it."""
+        if self.running is None:
+            return
+        self.running.core.estopped = latched
+        if latched:
+            self._feeds.poll()
+            self._hold('emergency stop')
 
     def update(self, settings: NodeSettings) -> None:
         """Take settings that changed while the node runs."""
@@ -132,6 +186,8 @@ class Session:
         result = running.core.tick(now_ns)
         if result.chunk is not None:
             running.output.publish(result.chunk)
+            if self._watchdog is not None:
+                self._watchdog.feed()
             tick_ms = (time.perf_counter_ns() - began_ns) / NS_PER_MS
             self._record(result.chunk, tick_ms, result.observation_age_ms + tick_ms)
         return result
@@ -164,6 +220,25 @@ class Session:
     def _running(self) -> Running:
         assert self.running is not None, 'the session is not open'
         return self.running
+
+    def _on_stall(self) -> None:
+        """Act for the watchdog, in its thread."""
+        running, settings = self._running(), self.settings
+        running.core.counters.watchdog_trips += 1
+        why = f'watchdog: no action in {settings.watchdog_timeout_s:g} s'
+        if settings.watchdog_action == 'hold':
+            self._hold(why)
+        else:
+            running.output.release()
+        self._node.get_logger().warning(why)
+
+    def _hold(self, why: str) -> None:
+        log = self._node.get_logger()
+        try:
+            if self._running().output.hold(self._inputs.joint_positions()):
+                log.info(f'{why}: the robot is commanded to hold its measured position')
+        except HoldError as fault:
+            log.error(f'{why}: no hold is sent: {fault}')
 
     def _record(self, chunk: ActionChunk, tick_ms: float, sensor_to_action_ms: float) -> None:
         # The age is taken at the start of the tick and the host's time added: a simulated ROS
