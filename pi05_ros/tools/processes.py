@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +20,10 @@ STOP_LADDER: tuple[tuple[signal.Signals, float], ...] = (
     (signal.SIGKILL, 5.0),
 )
 _POLL_S = 0.02
+
+# Loaded here: between fork and exec nothing may be imported.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ProcessError(Pi05Error):
@@ -46,6 +51,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     @property
@@ -107,6 +113,12 @@ class Children:
                 child.signal_group(number)
             wait_until(lambda: not any(c.group_exists() for c in self.running), patience_s)
         self.running = [child for child in self.running if child.group_exists()]
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process if its parent is killed and cannot stop it any more."""
+    if hasattr(_LIBC, 'prctl'):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -83,27 +83,41 @@ def test_a_child_that_ended_is_reported_with_its_last_words(tmp_path):
             child.check()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_command_leaves_no_process_behind(tmp_path, number):
+def start_command_with_a_child(tmp_path: Path) -> tuple[subprocess.Popen, int]:
+    """Return a running command and the process id of its child."""
     code = f"""
         import os, sys, time
         from pathlib import Path
         from pi05_ros.tools.processes import children
+        log = Path({str(tmp_path)!r}, 'log')
         try:
             with children() as group:
-                child = group.start('sleeper', ['sleep', '600'], os.environ, Path({str(tmp_path)!r}, 'log'))
+                child = group.start('sleeper', ['sleep', '600'], os.environ, log)
                 print(child.pid, flush=True)
                 time.sleep(600)
         except KeyboardInterrupt:
             sys.exit(130)
-    """  # noqa: E501
+    """
     command = subprocess.Popen(
         python(code), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     assert command.stdout is not None
     pid = int(command.stdout.readline())
     assert exists(pid)
+    return command, pid
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_leaves_no_process_behind(tmp_path, number):
+    command, pid = start_command_with_a_child(tmp_path)
     command.send_signal(number)
     command.communicate(timeout=DEADLINE_S)
     assert command.returncode == 130
     assert not exists(pid)
+
+
+def test_killing_the_command_outright_leaves_no_process_behind(tmp_path):
+    command, pid = start_command_with_a_child(tmp_path)
+    command.kill()
+    command.communicate(timeout=DEADLINE_S)
+    assert wait_until(lambda: not exists(pid), DEADLINE_S)
