@@ -216,7 +216,11 @@ def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
         config, expert=replace(config.expert, depth=1), vlm=replace(config.vlm, depth=1)
     )
     stage = make_stage(
-        shallow, random_state(shallow, 'cuda'), horizon=horizon, prefix=900, max_steps=2,
+        shallow,
+        random_state(shallow, 'cuda'),
+        horizon=horizon,
+        prefix=900,
+        max_steps=2,
         kernels='triton',
     )
     jobs = [(field, choice) for field, choices in CANDIDATES.items() for choice in choices]

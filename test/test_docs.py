@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pi05_ros.msg import ActionChunk, StageTiming
 
 from pi05_ros.control.parameters import parameter_specs
 from pi05_ros.control.reasons import Reason
 from pi05_ros.launch_arguments import ARGUMENTS
+from pi05_ros.msg import ActionChunk, StageTiming
 from pi05_ros.tools.cli import COMMANDS
 
 pytestmark = pytest.mark.ros

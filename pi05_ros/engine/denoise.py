@@ -158,9 +158,7 @@ class DenoiseStage:
         x_t = self.noise.clone()
         for step in range(num_steps):
             mods = weights.modulations[table_row(num_steps, step)]
-            x = euler.enter_reference(
-                x_t, weights.action_in, weights.action_in_bias, self.dtype
-            )
+            x = euler.enter_reference(x_t, weights.action_in, weights.action_in_bias, self.dtype)
             for layer in range(self.config.expert.depth):
                 first, second = mods[2 * layer], mods[2 * layer + 1]
                 qkv = small_gemm.qkv_rope_reference(x, first, weights.qkv[layer], cos, sin, eps)

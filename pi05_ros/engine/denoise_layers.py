@@ -47,9 +47,7 @@ class ClusterLayer:
     name = 'cuda-clusters'
     parts = PARTS
 
-    def __init__(
-        self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig
-    ) -> None:
+    def __init__(self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig) -> None:
         horizon, device = buffers.x.shape[0], buffers.x.device
         self._buffers, self._weights = buffers, weights
         self._kernels = ClusterKernels(expert, horizon, buffers.keys.shape[1], device)
@@ -157,9 +155,7 @@ class TritonLayer:
             tuning.down, 'mlp_dim', expert.mlp_dim, width, row_blocks, self.row_block, x
         )
         self.parts = self._down.parts
-        self._ssq_attention = torch.zeros(
-            self.horizon, self._attention_out.parts, device=x.device
-        )
+        self._ssq_attention = torch.zeros(self.horizon, self._attention_out.parts, device=x.device)
         self.ssq = torch.zeros(self.horizon, self.parts, device=x.device)
         self._qkv_args = self._normed(tuning.qkv, 'head_dim', head_dim, self.parts)
         self._gate_up_args = self._normed(
@@ -238,9 +234,7 @@ class TritonLayer:
     def launch_down(self, row: int, layer: int) -> None:
         """Enqueue the down projection: activated into x."""
         weight, norm = self._weights.down[layer], 2 * layer + 1
-        self._launch_residual(
-            self._down, row, norm, self._buffers.activated, weight, self.ssq
-        )
+        self._launch_residual(self._down, row, norm, self._buffers.activated, weight, self.ssq)
 
     def _launch_residual(
         self, plan: _ResidualPlan, row: int, norm: int, a: Tensor, weight: Tensor, ssq: Tensor
@@ -292,5 +286,3 @@ class _ResidualPlan:
 def row_block(horizon: int) -> int:
     """Return the rows per block: the horizon's next power of two, within what a block can hold."""
     return min(_MAX_ROW_BLOCK, max(16, triton.next_power_of_2(horizon)))
-
-

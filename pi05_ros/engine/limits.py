@@ -61,9 +61,7 @@ def _check_dimensions(config: Pi05Config) -> None:
             f'the fused attention shares one K/V head, the model has {vlm.num_kv_heads}; {advice}'
         )
     if vlm.head_dim & (vlm.head_dim - 1) or not 16 <= vlm.head_dim <= 256:
-        raise BackendError(
-            f'head_dim {vlm.head_dim} is no power of two from 16 to 256; {advice}'
-        )
+        raise BackendError(f'head_dim {vlm.head_dim} is no power of two from 16 to 256; {advice}')
     if vision.tokens_per_view > _MAX_VISION_TOKENS or not 16 <= vision.head_dim <= 128:
         raise BackendError(
             f'vision has {vision.tokens_per_view} tokens of head_dim {vision.head_dim}; the fused '

@@ -37,13 +37,22 @@ class Ops(Protocol):
         """See :meth:`pi05_ros.engine.kernels.cublaslt.CublasLt.linear`."""
 
     def resize_to_patches(
-        self, images: Tensor, tables: resize.ResizeTables, scratch: Tensor, patches: Tensor,
+        self,
+        images: Tensor,
+        tables: resize.ResizeTables,
+        scratch: Tensor,
+        patches: Tensor,
         copies: int,
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.resize.resize_to_patches`."""
 
     def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor,
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        out: Tensor,
         rounded: Tensor | None = None,
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.norms.layer_norm`."""
@@ -59,8 +68,15 @@ class Ops(Protocol):
         """See :func:`pi05_ros.engine.kernels.prompt.embed_prompt`."""
 
     def rope_kv(
-        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
-        keys: Tensor, values: Tensor,
+        self,
+        qkv: Tensor,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        q: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.rope.rope_kv`."""
 
@@ -135,4 +151,3 @@ class FusedOps:
         key = f'prefill_attention-{q.shape[0]}'
         launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
-

@@ -231,7 +231,10 @@ class Bench:
         return CaseResult(case, timing, floors, change, oracle and oracle[0], agreement)
 
     def _measure_oracle(
-        self, state: dict[str, torch.Tensor] | None, shape: PipelineShape, drawn: Inputs,
+        self,
+        state: dict[str, torch.Tensor] | None,
+        shape: PipelineShape,
+        drawn: Inputs,
         group: list[Case],
     ) -> dict[Case, tuple[Timing, Any]]:
         """Time the oracle and keep its actions; its weights are gone afterwards."""

@@ -1,180 +1,39 @@
-"""Random weights for a whole model: streamed to ``model.safetensors``, or made on a device.
+"""Random weights for a whole model, drawn on the device that runs it: for benchmarks.
 
-The same seed gives the same file on every machine: each piece of a tensor is drawn on the CPU
-from a generator of its own, keyed by seed, tensor and piece, so neither order nor threads matter.
+The distributions are those of :mod:`.weight_writer`, which writes a checkpoint; the values are
+not the same, as a GPU draws other numbers than the CPU.
 """
 
 from __future__ import annotations
-
-import hashlib
-import json
-import math
-import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pi05_ros.model.config import Pi05Config
-from pi05_ros.model.errors import CheckpointError
-from pi05_ros.model.names import EMBEDDING, UNUSED_HEAD, UNUSED_NORM, expected_shapes
+from pi05_ros.model.names import UNUSED_HEAD, UNUSED_NORM, expected_shapes
 from pi05_ros.model.precision import parameter_dtype
 
-_PIECE_ELEMENTS = 1 << 24
-_STORED_NAMES = {torch.float32: 'F32', torch.bfloat16: 'BF16'}
-_SPREAD = 0.1  # standard deviation of biases and of norm weights
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Uniform values of a given mean and standard deviation.
-
-    Args:
-        gate_mean: mean of the last third instead, for the bias of an adaptive norm.
-    """
-
-    mean: float
-    std: float
-    gate_mean: float | None = None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Elements ``start`` to ``stop`` of one flattened tensor."""
-
-    name: str
-    start: int
-    stop: int
-    size: int
-    distribution: Distribution
-
-
-def write_random_weights(path: Path, config: Pi05Config, dtype: torch.dtype, seed: int) -> None:
-    """Write every tensor of :func:`expected_shapes`; needs a few hundred MB of memory.
-
-    Args:
-        path: the file; it appears only once it is complete.
-        config: the dimensions.
-        dtype: float32 or bfloat16, of every tensor.
-        seed: determines every value.
-    Raises:
-        CheckpointError: the disk is too small.
-    """
-    shapes = dict(sorted(expected_shapes(config).items()))
-    header = _header(shapes, dtype, seed)
-    needed = len(header) + sum(map(math.prod, shapes.values())) * dtype.itemsize
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f'{path.parent} has {free / 1e9:.1f} GB free, the weights need {needed / 1e9:.1f} GB'
-        )
-    partial = path.with_name(path.name + '.part')
-    workers = os.cpu_count() or 1
-    pieces = _pieces(shapes, config)
-    try:
-        with partial.open('wb') as file, ThreadPoolExecutor(workers) as pool:
-            file.write(header)
-            # A window of pieces at a time: what is drawn but not yet written stays small.
-            while window := list(islice(pieces, 2 * workers)):
-                for values in pool.map(lambda piece: _draw(piece, dtype, seed), window):
-                    file.write(memoryview(values.view(torch.uint8).numpy()))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def distribution_of(name: str, shape: tuple[int, ...], config: Pi05Config) -> Distribution:
-    """Return what a tensor is drawn from, so that activations keep their size through the layers.
-
-    Matrices keep the variance of their input; what is added to a residual stream is smaller the
-    deeper the stack; adaptive norms depend weakly on the flow time and let their branch through,
-    so that actions depend on images and prompt.
-    """
-    if name.endswith('.dense.bias'):
-        return Distribution(0.0, _SPREAD, gate_mean=1.0)
-    if name.endswith('.bias'):
-        return Distribution(0.0, _SPREAD)
-    if len(shape) == 1:  # LayerNorm stores the factor itself, RMSNorm its distance from one
-        return Distribution(1.0 if 'vision_tower' in name else 0.0, _SPREAD)
-    if name.endswith('position_embedding.weight'):
-        return Distribution(0.0, 0.5)
-    fan_in = math.prod(shape[1:])
-    if name in (EMBEDDING, UNUSED_HEAD):  # the prompt is scaled by sqrt(width) again
-        return Distribution(0.0, fan_in**-0.5)
-    scale = 1.0
-    if name.endswith('.dense.weight'):
-        scale = 0.3
-    elif name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', 'fc2.weight')):
-        stack = config.vision if 'vision_tower' in name else config.vlm
-        if not name.startswith('action_'):
-            scale = (2 * stack.depth) ** -0.5
-    return Distribution(0.0, scale * fan_in**-0.5)
-
-
-def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> bytes:
-    """Return the start of a safetensors file: the header's length, then the header as JSON."""
-    entries: dict[str, object] = {
-        '__metadata__': {'format': 'pt', 'source': f'random weights, seed {seed}'}
-    }
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        stored = {'dtype': _STORED_NAMES[dtype], 'shape': shape, 'data_offsets': (start, end)}
-        entries[name] = stored
-    text = json.dumps(entries, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)  # the format asks for data aligned to eight bytes
-    return len(text).to_bytes(8, 'little') + text
-
-
-def _pieces(shapes: dict[str, tuple[int, ...]], config: Pi05Config) -> Iterator[_Piece]:
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        distribution = distribution_of(name, shape, config)
-        for start in range(0, size, _PIECE_ELEMENTS):
-            yield _Piece(name, start, min(size, start + _PIECE_ELEMENTS), size, distribution)
-
-
-def _draw(piece: _Piece, dtype: torch.dtype, seed: int) -> Tensor:
-    """Return the values of one piece, (n,) of ``dtype``."""
-    key = hashlib.sha256(f'{seed}/{piece.name}/{piece.start}'.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], 'little') >> 1)
-    half_width = piece.distribution.std * 3**0.5
-    values = torch.empty(piece.stop - piece.start)
-    values.uniform_(-half_width, half_width, generator=generator).add_(piece.distribution.mean)
-    if piece.distribution.gate_mean is not None:
-        values[max(0, 2 * piece.size // 3 - piece.start) :] += piece.distribution.gate_mean
-    return values.to(dtype)
+from .weight_writer import distribution_of
 
 
 def random_state(
     config: Pi05Config, device: str, precision: str = 'bfloat16', seed: int = 0
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Return every tensor that inference uses, by openpi key name, on ``device``.
 
-    Matrices keep the size of what passes through them, so that activations stay in range through
-    all layers and no layer is numerically idle.
+    Args:
+        precision: 'float32' or 'bfloat16'; each tensor has the dtype that the model gives it.
+        seed: the same seed gives the same values on the same kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, shape in expected_shapes(config).items():
         if name in (UNUSED_NORM, UNUSED_HEAD):
             continue
-        scale, offset = _scale_and_offset(name, shape)
+        drawn = distribution_of(name, shape, config)
         tensor = torch.empty(shape, dtype=parameter_dtype(name, precision), device=device)
-        tensor.normal_(generator=generator)
-        state[name] = tensor.mul_(scale).add_(offset)
+        tensor.normal_(generator=generator).mul_(drawn.std).add_(drawn.mean)
+        if drawn.gate_mean is not None:
+            tensor[2 * shape[0] // 3 :] += drawn.gate_mean
+        state[name] = tensor
     return state
-
-
-def _scale_and_offset(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    if len(shape) > 1:
-        fan_in = math.prod(shape[1:])
-        # The embedding is a table, not a product: its rows are scaled by sqrt(width) in the model.
-        return (1.0 if 'position' in name else fan_in**-0.5), 0.0
-    is_layer_norm = 'layer_norm' in name or 'post_layernorm.weight' in name
-    return 0.1, 1.0 if is_layer_norm and name.endswith('weight') else 0.0

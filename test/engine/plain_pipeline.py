@@ -42,9 +42,7 @@ class PlainPipeline:
             pack_vision(state, config, dtype, CPU), config, ops, views, self.prefill.prefix
         )
         self.noise = torch.zeros(shape.horizon, config.action_dim)
-        self.preprocess = PreprocessStage(
-            config, shape, ops, self.inputs, self.vision, self.noise
-        )
+        self.preprocess = PreprocessStage(config, shape, ops, self.inputs, self.vision, self.noise)
 
     @torch.inference_mode()
     def run_prefix(self, images, tokens, noise, rows: int | None = None) -> int:

@@ -114,9 +114,7 @@ def state() -> str:
     return ros2('lifecycle', 'get', '--no-daemon', NODE).split(' ')[0].strip()
 
 
-@pytest.mark.parametrize(
-    ('name', 'arguments'), [('policy', ARGUMENTS), ('demo', DEMO_ARGUMENTS)]
-)
+@pytest.mark.parametrize(('name', 'arguments'), [('policy', ARGUMENTS), ('demo', DEMO_ARGUMENTS)])
 def test_launch_shows_the_arguments(name, arguments):
     shown = ros2('launch', 'pi05_ros', f'{name}.launch.py', '--show-args')
     names = re.findall(r"^ {4}'(\w+)':$", shown, flags=re.MULTILINE)

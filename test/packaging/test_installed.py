@@ -24,9 +24,7 @@ installed = pytest.mark.skipif(
 
 
 def run_away_from_source(command: list[str], env: dict[str, str], cwd: Path) -> str:
-    result = subprocess.run(
-        command, env=env, cwd=cwd, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

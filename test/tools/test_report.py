@@ -2,11 +2,11 @@ import math
 from pathlib import Path
 
 import pytest
-from pi05_ros.msg import StageTiming
 from PIL import Image
 from rich.console import Console
 from timing_rows import run_report, timing, timing_log
 
+from pi05_ros.msg import StageTiming
 from pi05_ros.tools.plots import COLOURS, save_stage_plot
 from pi05_ros.tools.report import (
     OTHER,

@@ -209,9 +209,7 @@ def _compile(options: list[str]) -> Any:
     """Compile the source and return the loaded module."""
     driver, nvrtc = _bindings()
     source = _SOURCE.read_bytes()
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(source, _SOURCE.name.encode(), 0, [], []), 'NVRTC'
-    )
+    program = _checked(nvrtc.nvrtcCreateProgram(source, _SOURCE.name.encode(), 0, [], []), 'NVRTC')
     encoded = [option.encode() for option in options]
     if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), 'NVRTC'))

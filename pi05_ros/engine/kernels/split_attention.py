@@ -54,9 +54,7 @@ def attend_kernel(
     wait_for_previous(PDL)
 
     if begin < blocks:
-        q = tl.load(
-            qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0
-        )
+        q = tl.load(qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0)
         top = tl.full((BM,), float('-inf'), tl.float32)
         norm = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, D), tl.float32)

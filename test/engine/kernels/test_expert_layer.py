@@ -95,9 +95,7 @@ def _case(kind: str, horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED)
         attention_out=draw(1, width, heads, scale=heads**-0.5),
         gate_up=draw(1, 2 * mlp, width, scale=width**-0.5),
         down=draw(1, width, mlp, scale=mlp**-0.5),
-        **dict.fromkeys(
-            ('action_in', 'action_in_bias', 'action_out', 'action_out_bias'), draw(1)
-        ),
+        **dict.fromkeys(('action_in', 'action_in_bias', 'action_out', 'action_out_bias'), draw(1)),
         modulations=draw(1, 3, 3, width, of=torch.float32),
     )
     layer: TritonLayer | ClusterLayer

@@ -14,7 +14,8 @@ def gemma(head_dim: int) -> GemmaConfig:
 
 
 @pytest.mark.parametrize(
-    ('heads', 'dim', 'width'), [(8, 32, 128), (3, 16, 100), (8, 256, 2048)],
+    ('heads', 'dim', 'width'),
+    [(8, 32, 128), (3, 16, 100), (8, 256, 2048)],
     ids=['tiny', 'ragged', 'full'],
 )
 def test_rope_matches_its_twin(draw, assert_matches, dtype, device, heads, dim, width):
