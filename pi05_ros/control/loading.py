@@ -84,6 +84,18 @@ def resolve_precision(settings: NodeSettings) -> str:
     return 'bfloat16' if on_gpu else 'float32'
 
 
+def self_check(policy: Policy, observation: Observation, settings: NodeSettings) -> str:
+    """Compare the fast stages with the oracle on a real observation; return a line for the log.
+
+    Raises:
+        Pi05Error: a stage is below ``self_check_min_cosine``; has the figures of all.
+    """
+    checks = policy.self_check(observation, settings.self_check_min_cosine)
+    if not checks:
+        return 'every stage is the oracle itself, there is nothing to check it against'
+    return f'against the oracle: {"; ".join(map(str, checks))}'
+
+
 def warm_up(policy: PolicyLike, observation: Observation, settings: NodeSettings) -> float:
     """Call the policy a few times; the actions are not used.
 

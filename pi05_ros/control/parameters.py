@@ -70,6 +70,7 @@ class NodeSettings:
     backend: str
     precision: str
     device: str
+    self_check_min_cosine: float
     num_steps: int
     horizon: int
     prompt: str
@@ -137,6 +138,15 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ),
     ParameterSpec(
         'device', 'string', 'auto', 'auto (a GPU where there is one), cpu, cuda, or cuda:N.'
+    ),
+    ParameterSpec(
+        'self_check_min_cosine',
+        'double',
+        0.999,
+        'Configure refuses a backend with a stage whose cosine to the oracle is below, on the '
+        'first real observation.',
+        minimum=0.0,
+        maximum=1.0,
     ),
     ParameterSpec(
         'num_steps',

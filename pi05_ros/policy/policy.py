@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from .transforms import actions_to_robot, state_to_policy
 from .types import ActionChunk, Observation
 
 if TYPE_CHECKING:
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+    from pi05_ros.engine.selfcheck import StageCheck
     from pi05_ros.model.checkpoint import Checkpoint
 
 
@@ -112,11 +114,9 @@ class Policy:
                 the model gave a value that is not finite; carries the reason.
             BackendError: the pipeline cannot run this call.
         """
-        shape, model_dim = self.pipeline.shape, self.pipeline.config.action_dim
-        images = self._images(observation)
+        shape = self.pipeline.shape
         state = self._state(observation)
-        tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
-        start = noise(seed, tick, shape.horizon, model_dim)
+        images, tokens, start = self._model_inputs(observation, state, tick, seed)
         result = self.pipeline.infer(images, tokens, start, num_steps)
         return ActionChunk(
             actions=self._robot_actions(result.actions, state),
@@ -130,6 +130,22 @@ class Policy:
             prompt=observation.prompt,
             times=result.times,
         )
+
+    def self_check(self, observation: Observation, min_cosine: float) -> tuple[StageCheck, ...]:
+        """Compare every fast stage with the oracle on one real observation.
+
+        Returns: the agreement of each stage; empty where the oracle itself is what runs.
+        Raises:
+            SelfCheckError: a stage is below ``min_cosine``; the message has the figures.
+            PolicyError: as for :meth:`act`.
+        """
+        if set(self.pipeline.stage_backends.values()) == {'eager'}:
+            return ()
+        from pi05_ros.engine.selfcheck import check_pipeline  # needs Triton
+
+        inputs = self._model_inputs(observation, self._state(observation), tick=0, seed=0)
+        fast = cast('CudaPipeline', self.pipeline)  # the only pipeline beside the oracle's
+        return check_pipeline(fast, self.checkpoint, *inputs, min_cosine)
 
     def close(self) -> None:
         """Free the device memory; the policy cannot act afterwards."""
@@ -153,6 +169,15 @@ class Policy:
             horizon=pipeline.shape.horizon,
             num_steps=pipeline.shape.num_steps,
         )
+
+    def _model_inputs(
+        self, observation: Observation, state: np.ndarray, tick: int, seed: int
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return what :meth:`Pipeline.infer` takes: images, tokens (T,), noise (H, A)."""
+        images = self._images(observation)
+        tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
+        shape, model_dim = self.pipeline.shape, self.pipeline.config.action_dim
+        return images, tokens, noise(seed, tick, shape.horizon, model_dim)
 
     def _images(self, observation: Observation) -> list[np.ndarray]:
         """Return the raw images in the model's view order; absent views are simply not there."""

@@ -16,7 +16,7 @@ from pi05_ros.control.gates import NS_PER_MS
 from pi05_ros.control.gpu import GpuMonitor
 from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.inputs import Inputs
-from pi05_ros.control.loading import WARM_UP_PROMPT, warm_up
+from pi05_ros.control.loading import WARM_UP_PROMPT, self_check, warm_up
 from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import InputFault, Reason, Skip
 from pi05_ros.control.safety import HoldError
@@ -88,13 +88,16 @@ class Session:
         Args:
             report: told of every step that can take long.
         Raises:
-            Pi05Error: an input does not come, or the policy cannot be loaded or does not act.
+            Pi05Error: an input does not come, or the policy cannot be loaded, does not compute
+                what the oracle does, or does not act.
                 What exists until then is freed by :meth:`close`.
         """
         node, settings = self._node, self.settings
         observation = self._first_observation(report)
         report('loading the model')
         self._policy = policy = load_policy(settings, self._inputs.fix_sizes())
+        report('checking every stage against the oracle')
+        node.get_logger().info(self_check(policy, observation, settings))
         report('warming up')
         act_ms = warm_up(policy, observation, settings)
         node.get_logger().info(f'{settings.checkpoint} is warm: {act_ms:.1f} ms per inference')

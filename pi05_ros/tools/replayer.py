@@ -26,7 +26,13 @@ from pi05_ros.control.core import ControlCore, TickResult
 from pi05_ros.control.gates import NS_PER_MS
 from pi05_ros.control.images import ForeignDecoder
 from pi05_ros.control.inputs import Inputs
-from pi05_ros.control.loading import WARM_UP_PROMPT, check_settings, load, warm_up
+from pi05_ros.control.loading import (
+    WARM_UP_PROMPT,
+    check_settings,
+    load,
+    self_check,
+    warm_up,
+)
 from pi05_ros.control.parameter_file import DEFAULT_ROBOT, settings_from_yaml
 from pi05_ros.control.parameters import NodeSettings, settings_from_values
 from pi05_ros.control.reasons import Skip
@@ -215,6 +221,7 @@ class Replay:
             raise ReplayError(f'{bag.path} never gives a complete observation: {why}')
         self._policy = policy = self._load_policy(self.settings, self.inputs.fix_sizes())
         self.policy_info = policy.info.as_dict()
+        self_check(policy, found, self.settings)
         warm_up(policy, found, self.settings)
         self.core = ControlCore(self.inputs, policy, self.settings)
         period_ns = self.settings.period_ns

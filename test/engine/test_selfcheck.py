@@ -9,6 +9,8 @@ from plain_pipeline import PlainPipeline, draw_images
 from pi05_ros.engine.pipeline import PipelineShape
 from pi05_ros.engine.selfcheck import SelfCheckError, StageCheck, compare_stages, refuse_below
 from pi05_ros.model.checkpoint import load_model, load_state, open_checkpoint
+from pi05_ros.policy.loading import PolicyOptions, load_policy
+from pi05_ros.policy.types import Observation
 
 SIZES = ((64, 80),)
 
@@ -56,3 +58,25 @@ def test_the_stage_with_a_fault_is_named(checkpoint, part, stage):
 def test_nan_is_refused():
     with pytest.raises(SelfCheckError, match='denoise cosine nan'):
         refuse_below([StageCheck('denoise', float('nan'), 1.0)], 0.9)
+
+
+def test_the_policy_checks_its_fast_stages_on_an_observation(tiny_checkpoint):
+    sizes = {'base': (64, 80), 'wrist': (48, 48)}
+    images = dict(zip(sizes, draw_images(tuple(sizes.values())), strict=True))
+    seen = Observation(images, np.zeros(8), 'pick up the cup', {'base': 1, 'wrist': 1})
+    policy = load_policy(
+        PolicyOptions(
+            tiny_checkpoint, 'franka', sizes, backend='eager', precision='float32', device='cpu'
+        )
+    )
+    assert policy.self_check(seen, 0.999) == ()
+
+    checkpoint, shape = policy.checkpoint, policy.pipeline.shape
+    state, oracle = load_state(checkpoint), load_model(checkpoint, 'cpu', 'float32')
+    fast = PlainPipeline(state, checkpoint.config, shape, oracle)
+    fast.stage_backends = {'vision': 'plain', 'prefill': 'plain', 'denoise': 'plain'}
+    policy.pipeline = fast
+    checks = policy.self_check(seen, 0.999)
+    assert [check.stage for check in checks] == ['vision', 'prefill', 'denoise']
+    with pytest.raises(SelfCheckError, match='below the cosine of 1.1 against the oracle'):
+        policy.self_check(seen, 1.1)

@@ -85,6 +85,9 @@ class SmallPolicy:
             num_steps=10,
         )
 
+    def self_check(self, observation: Observation, min_cosine: float) -> tuple:
+        return ()
+
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
     ) -> ActionChunk:

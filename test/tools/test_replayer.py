@@ -41,6 +41,9 @@ class WritingPolicy:
             times=StageTimes(0, 0, 0, 0, 0, 0, 0),
         )  # fmt: skip
 
+    def self_check(self, observation: Observation, min_cosine: float) -> tuple:
+        return ()
+
     def close(self) -> None:
         self.is_closed = True
 
