@@ -29,9 +29,10 @@ class HoldError(Pi05Error):
 
 @dataclass(frozen=True)
 class _Sent:
-    """The first row (D,) float64 of the newest action that passed, and its tick's time."""
+    """The newest action that passed: first row and measured joints, (D,) float64, and its tick."""
 
     row: np.ndarray
+    measured: np.ndarray
     now_ns: int
 
 
@@ -40,7 +41,8 @@ class ActionGuard:
 
     In this order: every value is finite; values outside of ``min`` and ``max`` are clipped; the
     first row is within ``max_jump`` of the measured joints; no row and no action is faster than
-    ``max_rate`` after the one before.
+    ``max_rate`` after the one before. An action may also go as far as the joint itself went since:
+    it follows a robot that was moved by hand, reset, or played from a bag that begins again.
 
     Attributes:
         clips: action dimension -> chunks in which it was clipped.
@@ -83,31 +85,39 @@ class ActionGuard:
             return Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
         actions = self.clip(chunk.actions)
         rows = actions.astype(np.float64)
-        skip = self._jump(rows[0], state) or self._rate(rows, chunk.step_s, now_ns, period_ns)
+        now = _Sent(rows[0], self._measured_of(state), now_ns)
+        skip = self._jump(now) or self._rate(rows, chunk.step_s, now, period_ns)
         if skip is not None:
             return skip
-        self._last = _Sent(rows[0], now_ns)
+        self._last = now
         if actions is not chunk.actions:
             clipped = np.flatnonzero((actions != chunk.actions).any(axis=0))
             self.clips.update(chunk.names[column] for column in clipped)
         return replace(chunk, actions=actions)
 
-    def _jump(self, first: np.ndarray, state: np.ndarray) -> Skip | None:
-        jump = np.zeros(len(first))
-        for column, index in self._measured:
-            if index is not None:
-                jump[column] = abs(first[column] - state[index])
+    def _measured_of(self, state: np.ndarray) -> np.ndarray:
+        """Return the measured position of each action's joint, NaN where there is none."""
+        indices = ((column, index) for column, index in self._measured if index is not None)
+        measured = np.full(len(self._dims), np.nan)
+        for column, index in indices:
+            measured[column] = state[index]
+        return measured
+
+    def _jump(self, now: _Sent) -> Skip | None:
+        jump = np.nan_to_num(np.abs(now.row - now.measured))
         return self._refuse(
             Reason.ACTION_JUMP, jump, self._max_jump, '', 'from the measured position'
         )
 
-    def _rate(self, rows: np.ndarray, step_s: float, now_ns: int, period_ns: int) -> Skip | None:
+    def _rate(self, rows: np.ndarray, step_s: float, now: _Sent, period_ns: int) -> Skip | None:
         rate = np.abs(np.diff(rows, axis=0)).max(axis=0, initial=0.0) / step_s
         reason, limits = Reason.ACTION_TOO_FAST, self._max_rate
         skip = self._refuse(reason, rate, limits, '/s', 'between two rows')
-        if skip is None and self._last is not None:
-            elapsed_s = max(now_ns - self._last.now_ns, period_ns) / NS_PER_S
-            rate = np.abs(rows[0] - self._last.row) / elapsed_s
+        last = self._last
+        if skip is None and last is not None:
+            elapsed_s = max(now.now_ns - last.now_ns, period_ns) / NS_PER_S
+            followed = np.nan_to_num(np.abs(now.measured - last.measured))
+            rate = np.maximum(np.abs(now.row - last.row) - followed, 0.0) / elapsed_s
             skip = self._refuse(reason, rate, limits, '/s', 'since the action before')
         return skip
 
