@@ -127,7 +127,7 @@ class _Taker:
 def pack_vision(
     state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device
 ) -> VisionWeights:
-    """Take the vision tower and the projector out of ``state`` (keys: pi05_spec 2.1)."""
+    """Take the vision tower and the projector out of ``state`` (openpi's names)."""
     take = _Taker(state, dtype, device)
     patch, offset, copies = _pack_patches(take, config)
     layers = []

@@ -1,6 +1,6 @@
 """Checkpoint directories: openpi, lerobot, and golden data. Weights are safetensors only.
 
-The layouts (pi05_spec 2):
+The layouts:
 
 - ``openpi``   config.json and model.safetensors, as openpi's converter writes them
 - ``lerobot``  config.json with ``"type": "pi05"`` and model.safetensors with ``model.`` names
@@ -113,14 +113,14 @@ def check_weights(checkpoint: Checkpoint) -> None:
 def load_state(
     checkpoint: Checkpoint, device: str = 'cpu', precision: str | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors that inference uses, under openpi's names (pi05_spec 2.1), checked.
+    """Return the tensors that inference uses, under openpi's names, checked.
 
     The token embedding is under ``…paligemma.lm_head.weight``.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
         device: where the tensors go, such as 'cpu' or 'cuda:0'.
-        precision: 'float32' or 'bfloat16' casts each tensor to its dtype in pi05_spec 1.10;
+        precision: 'float32' or 'bfloat16' casts each tensor to its own (``precision.py``);
             None leaves the dtypes as stored.
     Raises:
         CheckpointError: the file is corrupt, or its tensors do not fit; lists every fault.

@@ -117,7 +117,7 @@ class Pi05Config:
 
     @classmethod
     def full(cls) -> Pi05Config:
-        """Return the released model's dimensions (pi05_spec 1.1; openpi gemma.py, siglip.py)."""
+        """Return the released model's dimensions (openpi gemma.py, siglip.py)."""
         return cls(
             vision=VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16),
             vlm=GEMMA_VARIANTS['gemma_2b'],

@@ -1,7 +1,7 @@
 """The action expert: a second Gemma stack that sees the prefix and is steered by the flow time.
 
-Its norms are adaptive (pi05_spec 1.7 and 1.8): scale, shift and gate of every norm come from one
-vector, the embedded flow time.
+Its norms are adaptive (openpi modeling_gemma.py): scale, shift and gate of every norm come from
+one vector, the embedded flow time.
 """
 
 from __future__ import annotations

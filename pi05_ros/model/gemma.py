@@ -1,4 +1,4 @@
-"""Gemma: the parts that both stacks share, and the prefix stack (pi05_spec 1.5 and 1.7).
+"""Gemma: the parts that both stacks share, and the prefix stack (openpi modeling_gemma.py).
 
 There is no batch axis: N queries, M keys, D head dimension. The rounding points are those of
 openpi's eager PyTorch model: every operation below rounds to the dtype of its inputs unless it

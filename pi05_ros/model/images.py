@@ -1,4 +1,4 @@
-"""Camera images to the pixels that the model was trained on (pi05_spec 1.2)."""
+"""Camera images to the pixels that the model was trained on (openpi image_tools.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The names of the tensors in a checkpoint, and what they are called in :class:`Pi05Model`.
 
-A checkpoint uses the names of openpi's PyTorch model (pi05_spec 2.1); lerobot puts ``model.`` in
+A checkpoint uses the names of openpi's PyTorch model; lerobot puts ``model.`` in
 front of each.
 """
 

@@ -10,7 +10,7 @@ The way of the data, without a batch axis::
     noise (H, A) --N Euler steps of the action expert, which sees K and V--> actions (H, A)
 
 A masked view or a padding token may be dropped, or kept and masked; both give the same actions
-(pi05_spec 1.5).
+(openpi pi0_pytorch.py: padding does not advance positions).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which dtype each parameter has (pi05_spec 1.10)."""
+"""Which dtype each parameter has (openpi gemma_pytorch.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flow: Euler steps from noise at t = 1 to actions at t = 0 (pi05_spec 1.9)."""
+"""The flow: Euler steps from noise at t = 1 to actions at t = 0 (openpi pi0_pytorch.py)."""
 
 from __future__ import annotations
 

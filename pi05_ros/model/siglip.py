@@ -1,4 +1,4 @@
-"""SigLIP: one image to one feature vector per patch (pi05_spec 1.1 and 1.6).
+"""SigLIP: one image to one feature vector per patch (openpi siglip.py).
 
 All views go through together on the first axis; attention stays within one view.
 """

@@ -13,7 +13,7 @@ def random_image(height: int, width: int) -> np.ndarray:
 
 
 def openpi_resize(image: np.ndarray, px: int) -> np.ndarray:
-    """The same with Pillow alone, in the order of operations that pi05_spec 1.2 describes."""
+    """The same with Pillow alone, in the order of operations of openpi's image_tools.py."""
     picture = Image.fromarray(image)
     ratio = max(picture.width / px, picture.height / px)
     size = (int(picture.width / ratio), int(picture.height / ratio))

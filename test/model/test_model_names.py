@@ -16,7 +16,7 @@ from pi05_ros.model.pi05 import Pi05Model
 
 
 def published_shapes() -> dict[str, list[int]]:
-    """Return the released model's tensors, written out from pi05_spec 2.1 without any config."""
+    """Return the released model's tensors, written out without any config."""
     shapes: dict[str, list[int]] = {}
     paligemma = 'paligemma_with_expert.paligemma.model.'
     vision = paligemma + 'vision_tower.vision_model.'

@@ -105,7 +105,7 @@ def test_aloha_joint_signs():
 
 @pytest.mark.parametrize('opening', [0.0, 0.25, 1.0])
 def test_aloha_gripper_state_by_hand(opening: float):
-    """The formula of pi05_spec 1.11, written out once more."""
+    """openpi's formula (aloha_policy.py), written out once more."""
     finger = opening * (0.058 - 0.01844) + 0.01844
     angle = asin(max(-1.0, min(1.0, (0.022**2 + finger**2 - 0.036**2) / (2 * 0.022 * finger))))
     expected = (angle - 0.5476) / (1.6296 - 0.5476)

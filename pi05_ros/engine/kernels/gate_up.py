@@ -138,7 +138,7 @@ def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def row_scale_plain(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return 1 / rms of each row, (M, 1) fp32 (pi05_spec 1.7)."""
+    """Return 1 / rms of each row, (M, 1) fp32 (openpi modeling_gemma.py)."""
     return torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
 
 

@@ -49,7 +49,7 @@ def layer_norm(
     Args:
         x: (M, W). weight, bias: (W,). out: (M, W) in the stage's dtype.
         rounded: (M, W) in out's dtype, receives x; then the norm is of the rounded x, as where
-            the reference leaves fp32 (pi05_spec 1.6).
+            the reference leaves fp32 (openpi modeling_siglip.py).
     """
     rows, width = x.shape
     _layer_norm_kernel[(rows,)](

@@ -39,7 +39,7 @@ class AxisFilter:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where an image lands on the model's square canvas (pi05_spec 1.2); the rest is black."""
+    """Where an image lands on the model's square canvas (openpi image_tools.py); else black."""
 
     height_px: int
     width_px: int

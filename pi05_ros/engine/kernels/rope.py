@@ -71,7 +71,7 @@ def rope_kv(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Scale by 1 / rms(x), rotate q and k (half-split, pi05_spec 1.7), write q, K and V.
+    """Scale by 1 / rms(x), rotate q and k (half-split), write q, K and V.
 
     Args:
         qkv: (M, (heads + 2) * D), projected from the *unnormalised* residual; (M, 2 * D) holds

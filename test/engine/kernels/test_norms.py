@@ -28,7 +28,7 @@ def test_the_rounded_copy_is_the_input_in_the_stage_dtype(draw, assert_matches, 
 
 
 def test_the_epsilon_counts_where_the_variance_is_small(draw, assert_matches):
-    """Two public engines used 1e-5 where the model has 1e-6 (pi05_spec 3.9)."""
+    """Two public engines used 1e-5 where the model has 1e-6."""
     x, weight, bias = draw(4, 96, scale=1e-3), draw(96), draw(96)
     out, other = torch.empty_like(x), torch.empty_like(x)
     layer_norm(x, weight, bias, 1e-6, out)
