@@ -28,6 +28,7 @@ from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
+from pi05_ros.model.sampler import step_size
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class DenoiseStage:
         enter = following < num_steps
         self._launch_euler(
             source, row, table_row(num_steps, following) if enter else row,
-            step_size(num_steps), leave=True, enter=enter, pdl=self.layer.pdl,
+            float(step_size(num_steps)), leave=True, enter=enter, pdl=self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:
@@ -172,7 +173,7 @@ class DenoiseStage:
                 x = small_gemm.gated_residual_reference(x, activated, weights.down[layer], second)
             x_t = euler.leave_reference(
                 x, x_t, mods[-1], weights.action_out, weights.action_out_bias,
-                step_size(num_steps), eps,
+                float(step_size(num_steps)), eps,
             )  # fmt: skip
         return x_t
 
@@ -216,11 +217,6 @@ class DenoiseStage:
             BK=block_size(width, 256, 'width'), LEAVE=leave, ENTER=enter,
             PDL=pdl, launch_pdl=pdl, num_warps=8,
         )  # fmt: skip
-
-
-def step_size(num_steps: int) -> float:
-    """Return dt, rounded to float32 as the reference does."""
-    return torch.tensor(-1.0 / num_steps, dtype=torch.float32).item()
 
 
 def rope_table(

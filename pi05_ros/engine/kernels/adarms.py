@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi05_ros.model.sampler import step_times
+
 SCALE, SHIFT, GATE = 0, 1, 2  # rows of one (3, W) modulation
 
 
@@ -55,17 +57,6 @@ def adarms_reference(x: Tensor, modulation: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1 + modulation[SCALE]) + modulation[SHIFT]).to(x.dtype)
-
-
-def step_times(num_steps: int) -> list[float]:
-    """Return the time t of each Euler step, accumulated in float32 as the reference does."""
-    dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
-    t = torch.tensor(1.0, dtype=torch.float32)
-    times = []
-    while t >= -dt / 2:
-        times.append(t.item())
-        t = t + dt
-    return times
 
 
 def time_embedding(times: Tensor, width: int) -> Tensor:
