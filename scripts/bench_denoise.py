@@ -36,6 +36,8 @@ from pi05_ros.engine.denoise_tuner import (
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
 from pi05_ros.model.config import Pi05Config
 
+_TUNED_DIR = Path(__file__).parents[1] / 'pi05_ros' / 'engine' / 'tuned'
+
 
 def random_state(config: Pi05Config, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return expert tensors by openpi key name, scaled so that activations stay of order one."""
@@ -308,7 +310,7 @@ def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> No
     print(f'tuned in {time.perf_counter() - started:.0f} s: {tuning}')
     result['tuning'], result['tried'] = asdict(tuning), tried
     rows = row_block(stage.horizon)
-    path = save_denoise_tuning(result['gpu'], stage.config.expert, rows, tuning)
+    path = save_denoise_tuning(_TUNED_DIR, result['gpu'], stage.config.expert, rows, tuning)
     print(f'stored in {path}')
     if options.json:
         (options.json.parent / path.name).write_text(path.read_text())

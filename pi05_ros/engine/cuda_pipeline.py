@@ -20,6 +20,7 @@ from pi05_ros.model.checkpoint import Checkpoint, load_state
 from pi05_ros.model.config import Pi05Config
 
 from .autotune import TunedKernel, tune
+from .chips import chip_of
 from .denoise import DenoiseStage
 from .graphs import StageClock, StageGraph
 from .limits import check_device, check_limits, check_memory
@@ -226,7 +227,7 @@ class CudaPipeline(Pipeline):
     def _choose_ops(self, device: torch.device) -> Ops:
         if self.precision == 'float32':
             return PlainGpuOps()
-        choices = load_choices(torch.cuda.get_device_name(device))
+        choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
         _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
         return FusedOps(device, choices)
 

@@ -1,22 +1,24 @@
 """Block sizes of the denoise kernels: defaults that fit any GPU, and measured ones per GPU.
 
 A measured set is a JSON file ``tuned/denoise_<gpu>.json``, with one entry per model shape and
-number of row blocks. ``scripts/bench_denoise.py --retune`` writes it.
+number of row blocks. ``scripts/bench_denoise.py --retune`` writes it. A GPU without an entry takes
+that of the same chip (:mod:`.chips`).
 """
 
 from __future__ import annotations
 
 import json
-import re
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pi05_ros.engine.chips import chip_of, file_name, shipped_files
 from pi05_ros.model.config import GemmaConfig
 
-_TUNED_DIR = Path(__file__).parent / 'tuned'
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,29 +75,26 @@ def load_denoise_tuning(device: torch.device, expert: GemmaConfig, rows: int) ->
     """Return the measured choices for this GPU, model shape and row count, or the defaults."""
     if device.type != 'cuda':
         return DenoiseTuning()
-    path = tuning_path(torch.cuda.get_device_name(device))
-    if not path.is_file():
-        return DenoiseTuning()
-    entry = json.loads(path.read_text()).get(shape_key(expert, rows))
-    return DenoiseTuning() if entry is None else DenoiseTuning.from_dict(entry)
+    gpu = torch.cuda.get_device_name(device)
+    for shipped in shipped_files('denoise', gpu, chip_of(device)):
+        entry = json.loads(shipped.path.read_text()).get(shape_key(expert, rows))
+        if entry is not None:
+            _log.info('denoise block sizes for %s: %s', gpu, shipped.source(gpu))
+            return DenoiseTuning.from_dict(entry)
+    _log.info('denoise block sizes for %s: defaults', gpu)
+    return DenoiseTuning()
 
 
 def save_denoise_tuning(
-    device_name: str, expert: GemmaConfig, rows: int, tuning: DenoiseTuning
+    folder: Path, gpu: str, expert: GemmaConfig, rows: int, tuning: DenoiseTuning
 ) -> Path:
-    """Store measured choices where :func:`load_denoise_tuning` finds them; return the file."""
-    path = tuning_path(device_name)
+    """Add measured choices to a GPU's file in ``folder``; return the file."""
+    path = folder / file_name('denoise', gpu)
     entries = json.loads(path.read_text()) if path.is_file() else {}
     entries[shape_key(expert, rows)] = asdict(tuning)
-    path.parent.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entries, indent=1, sort_keys=True) + '\n')
     return path
-
-
-def tuning_path(device_name: str) -> Path:
-    """Return the file of a GPU's measured choices."""
-    slug = re.sub(r'[^a-z0-9]+', '_', device_name.lower()).strip('_')
-    return _TUNED_DIR / f'denoise_{slug}.json'
 
 
 def shape_key(expert: GemmaConfig, rows: int) -> str:

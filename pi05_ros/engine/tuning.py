@@ -2,20 +2,21 @@
 
 They belong to vision and prefill (the denoise keeps its own, see :mod:`.denoise_tuning`) and are
 stored as one JSON file per GPU name, shipped in ``engine/tuned`` and overridden by the
-user's own file (``pi05-ros tune`` writes it). A shape that nobody tuned runs with safe defaults;
-nothing is timed when a pipeline is built, so that the same machine always runs the same kernels.
+user's own file (``pi05-ros tune`` writes it). A GPU without a shipped file takes that of the same
+chip (:mod:`.chips`). A shape that nobody tuned runs with safe defaults; nothing is timed when a
+pipeline is built, so that the same machine always runs the same kernels.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .chips import Chip, file_name, shipped_files
 from .pipeline import BackendError
 
 FORMAT = 1
@@ -72,13 +73,14 @@ class TunedChoices:
         path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
 
 
-def load_choices(gpu: str) -> TunedChoices:
+def load_choices(gpu: str, chip: Chip) -> TunedChoices:
     """Return what is known about a GPU: the shipped choices, overridden by the user's own."""
     choices = TunedChoices(gpu)
-    for path in (shipped_path(gpu), user_path(gpu)):
-        if path.is_file():
-            choices = choices.merged(read_choices(path, gpu))
-    return choices
+    for shipped in shipped_files('prefix', gpu, chip)[:1]:
+        found = replace(read_choices(shipped.path, shipped.gpu), source=shipped.source(gpu))
+        choices = choices.merged(found)
+    own = user_path(gpu)
+    return choices.merged(read_choices(own, gpu)) if own.is_file() else choices
 
 
 def read_choices(path: Path, gpu: str) -> TunedChoices:
@@ -109,18 +111,7 @@ def read_choices(path: Path, gpu: str) -> TunedChoices:
     return choices
 
 
-def file_name(gpu: str) -> str:
-    """Return the file name for a GPU name."""
-    slug = re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')
-    return f'prefix_{slug}.json'
-
-
-def shipped_path(gpu: str) -> Path:
-    """Return where the package keeps its choices for a GPU."""
-    return Path(__file__).parent / 'tuned' / file_name(gpu)
-
-
 def user_path(gpu: str) -> Path:
     """Return where ``pi05-ros tune`` writes: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(root) / 'pi05_ros' / 'tuned' / file_name(gpu)
+    return Path(root) / 'pi05_ros' / 'tuned' / file_name('prefix', gpu)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pi05_ros.engine import denoise_tuning
+from pi05_ros.engine import chips, denoise_tuning
+from pi05_ros.engine.chips import Chip
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.denoise_layers import row_block
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
@@ -23,6 +24,7 @@ from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 
 _GOLDEN = Path(__file__).parents[1] / 'data' / 'golden' / 'pi05_tiny'
+_CHIP = Chip((4, 2), 77)
 _DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Few, large blocks: the interpreter pays per program.
 _LARGE = DenoiseTuning(
@@ -213,12 +215,35 @@ def test_cluster_kernels_say_which_shapes_they_take(horizon, prefix, reason):
     assert misfit is None if reason is None else reason in misfit
 
 
-def test_measured_tuning_is_found_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(denoise_tuning, '_TUNED_DIR', tmp_path)
-    expert = Pi05Config.tiny().expert
-    path = denoise_tuning.save_denoise_tuning('NVIDIA X1', expert, 16, _SMALL)
-    assert path.name == 'denoise_nvidia_x1.json'
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA X1')
-    device = torch.device('cuda')
+@pytest.fixture
+def tuned_gpu(tmp_path, monkeypatch):
+    """Return a function that stores a tuning for a GPU and pretends that another one is here."""
+    monkeypatch.setattr(chips, '_TUNED_DIR', tmp_path)
+    monkeypatch.setattr(chips, '_TUNED_GPUS', {'NVIDIA X1': _CHIP})
+
+    def store(tuned_on, here):
+        path = denoise_tuning.save_denoise_tuning(
+            tmp_path, tuned_on, Pi05Config.tiny().expert, 16, _SMALL
+        )
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: here)
+        monkeypatch.setattr(denoise_tuning, 'chip_of', lambda device: _CHIP)
+        return path
+
+    return store
+
+
+def test_measured_tuning_is_found_again(tuned_gpu):
+    assert tuned_gpu('NVIDIA X1', 'NVIDIA X1').name == 'denoise_nvidia_x1.json'
+    expert, device = Pi05Config.tiny().expert, torch.device('cuda')
     assert denoise_tuning.load_denoise_tuning(device, expert, 16) == _SMALL
     assert denoise_tuning.load_denoise_tuning(device, expert, 64) == DenoiseTuning()
+
+
+def test_tuning_of_the_same_chip_is_taken_and_the_log_says_whose_it_is(tuned_gpu, caplog):
+    tuned_gpu('NVIDIA X1', 'NVIDIA X1 80GB')
+    with caplog.at_level('INFO'):
+        found = denoise_tuning.load_denoise_tuning(
+            torch.device('cuda'), Pi05Config.tiny().expert, 16
+        )
+    assert found == _SMALL
+    assert 'tuned on NVIDIA X1, the same chip' in caplog.text

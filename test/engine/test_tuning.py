@@ -6,11 +6,14 @@ import json
 
 import pytest
 
-from pi05_ros.engine import tuning
+from pi05_ros.engine import chips, tuning
+from pi05_ros.engine.chips import Chip
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.engine.tuning import TunedChoices
 
 GPU = 'NVIDIA Test 9000'
+CHIP = Chip((4, 2), 77)
+GH100 = Chip((9, 0), 132)
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_nobody_tuned_has_safe_defaults(cache):
-    choices = tuning.load_choices(GPU)
+    choices = tuning.load_choices(GPU, CHIP)
     assert choices.source == 'defaults'
     assert choices.algorithm('any', 1) is None
     assert choices.kernel('any', {'warps': 4}) == {'warps': 4}
@@ -29,7 +32,7 @@ def test_a_gpu_that_nobody_tuned_has_safe_defaults(cache):
 def test_what_was_saved_is_loaded(cache):
     saved = TunedChoices(GPU, 13, {'a': '00ff'}, {'k': {'warps': 8}})
     saved.save(tuning.user_path(GPU))
-    found = tuning.load_choices(GPU)
+    found = tuning.load_choices(GPU, CHIP)
     assert found.algorithm('a', 13) == '00ff'
     assert found.kernel('k', {'warps': 4, 'stages': 2}) == {'warps': 8, 'stages': 2}
     assert str(tuning.user_path(GPU)) in found.source
@@ -52,7 +55,41 @@ def test_the_users_own_file_overrides_the_shipped_one():
 def test_a_file_of_another_gpu_is_refused(cache):
     TunedChoices('Other GPU', 13).save(tuning.user_path(GPU))
     with pytest.raises(BackendError, match='made for Other GPU in format 1, expected NVIDIA Test'):
-        tuning.load_choices(GPU)
+        tuning.load_choices(GPU, CHIP)
+
+
+def test_a_gpu_takes_the_shipped_choices_of_the_same_chip(cache):
+    shipped = tuning.load_choices('NVIDIA H200', GH100)
+    found = tuning.load_choices('NVIDIA H100 80GB HBM3', GH100)
+    assert found.algorithms == shipped.algorithms and found.kernels == shipped.kernels
+    assert found.gpu == 'NVIDIA H100 80GB HBM3'
+    assert 'tuned on NVIDIA H200, the same chip' in found.source
+    assert 'same chip' not in shipped.source
+
+
+@pytest.mark.parametrize('chip', [Chip((9, 0), 114), Chip((10, 0), 132)], ids=['fewer', 'newer'])
+def test_another_chip_takes_nothing_of_it(cache, chip):
+    assert tuning.load_choices('NVIDIA H100 PCIe', chip).source == 'defaults'
+
+
+def test_the_users_own_tuning_wins_over_that_of_the_same_chip(cache):
+    gpu = 'NVIDIA H100 80GB HBM3'
+    shipped = tuning.load_choices(gpu, GH100)
+    key = next(iter(shipped.algorithms))
+    own = TunedChoices(gpu, shipped.cublaslt_version, {key: '00ff'})
+    own.save(tuning.user_path(gpu))
+    found = tuning.load_choices(gpu, GH100)
+    assert found.algorithms == {**shipped.algorithms, key: '00ff'}
+    assert found.source.endswith(str(tuning.user_path(gpu)))
+
+
+def test_a_gpus_own_shipped_file_comes_before_that_of_the_same_chip(tmp_path, monkeypatch):
+    monkeypatch.setattr(chips, '_TUNED_DIR', tmp_path)
+    for gpu in ('NVIDIA H200', 'NVIDIA GH200 480GB'):
+        (tmp_path / chips.file_name('prefix', gpu)).touch()
+    found = chips.shipped_files('prefix', 'NVIDIA GH200 480GB', GH100)
+    assert [file.gpu for file in found] == ['NVIDIA GH200 480GB', 'NVIDIA H200']
+    assert chips.shipped_files('denoise', 'NVIDIA GH200 480GB', GH100) == []
 
 
 @pytest.mark.parametrize('content', ['{', '[]', '{"format": 1}'], ids=['cut', 'list', 'empty'])
@@ -61,11 +98,12 @@ def test_a_broken_file_is_refused(cache, content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(BackendError, match='not a tuning file .*; remove it or tune again'):
-        tuning.load_choices(GPU)
+        tuning.load_choices(GPU, CHIP)
 
 
 def test_the_shipped_choices_are_readable():
-    path = tuning.shipped_path('NVIDIA H200')
+    (shipped,) = chips.shipped_files('prefix', 'NVIDIA H200', GH100)
+    path = shipped.path
     choices = tuning.read_choices(path, 'NVIDIA H200')
     assert choices.algorithms and choices.cublaslt_version
     assert all(len(bytes.fromhex(a)) == 64 for a in choices.algorithms.values())

@@ -9,6 +9,7 @@ Names follow NVIDIA's cuBLASLt API reference.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 
 from ..pipeline import BackendError
 from ..tuning import TunedChoices
+
+_log = logging.getLogger(__name__)
 
 WORKSPACE_BYTES = 32 * 1024 * 1024
 
@@ -205,10 +208,16 @@ class CublasLt:
         if plan is None:
             plan = self._plans[signature] = _Plan(self, signature)
             stored = self.choices.algorithm(signature.key, self.version())
-            if stored is not None:
+            if stored is not None and self._accepts(plan, _from_hex(stored)):
                 plan.algorithm = _from_hex(stored)
             else:
                 plan.algorithm = self._heuristics(plan)[0].algorithm
+                if stored is not None:
+                    _log.warning(
+                        '%s: %s does not take the algorithm of %s, the library chooses; '
+                        "'pi05-ros tune' finds a better one",
+                        signature.key, self.choices.gpu, self.choices.source,
+                    )  # fmt: skip
         return plan
 
     def _heuristics(self, plan: _Plan) -> list[_Heuristic]:
