@@ -22,6 +22,7 @@ from pi05_ros.model.config import Pi05Config
 from .autotune import TunedKernel, tune
 from .chips import chip_of
 from .denoise import DenoiseStage
+from .first_step import FirstStepBesidePrefill
 from .graphs import StageClock, StageGraph
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps, Ops, PlainGpuOps
@@ -33,6 +34,7 @@ from .tuning import TunedChoices, load_choices
 from .vision import VisionStage
 from .weights import State, pack_prefill, pack_vision
 
+OVERLAPS = ('no', 'equal', 'yielding')
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +47,9 @@ class CudaPipeline(Pipeline):
         shape: what to build for.
         precision: 'bfloat16' runs the fused kernels; 'float32' the same stages in plain PyTorch.
         device: a CUDA device.
+        denoise_kernels: as for :class:`DenoiseStage`.
+        overlap_first_step: 'no', or the layers of the first Euler step beside the prefill: 'equal'
+            to it in the competition for multiprocessors, or 'yielding' to it. The same bits.
     Raises:
         BackendError: the GPU, its free memory or the model's shape does not fit; nothing is
             left to fail in a call that fits ``shape``.
@@ -57,7 +62,14 @@ class CudaPipeline(Pipeline):
         shape: PipelineShape,
         precision: str = 'bfloat16',
         device: str = 'cuda',
+        denoise_kernels: str = 'auto',
+        overlap_first_step: str = 'no',
     ) -> None:
+        if overlap_first_step not in OVERLAPS:
+            raise BackendError(
+                f'overlap_first_step must be one of {OVERLAPS}, got {overlap_first_step!r}'
+            )
+        self._denoise_kernels, self._overlap = denoise_kernels, overlap_first_step
         self.config = config
         self.shape = shape
         self.precision = precision
@@ -66,7 +78,9 @@ class CudaPipeline(Pipeline):
         check_device(place)
         check_limits(config, shape)
         with torch.cuda.device(place), torch.inference_mode():
-            self._stream = torch.cuda.Stream(place)
+            # A smaller number is a higher priority; 0 is the lowest.
+            priority = -1 if overlap_first_step == 'yielding' else 0
+            self._stream = torch.cuda.Stream(place, priority=priority)
             with torch.cuda.stream(self._stream):
                 self._build_stages(state, place)
             self._stream.synchronize()
@@ -217,6 +231,7 @@ class CudaPipeline(Pipeline):
             horizon=shape.horizon,
             max_steps=shape.max_steps,
             dtype=dtype,
+            kernels=self._denoise_kernels,
         )
         state.clear()
         self.preprocess = PreprocessStage(
@@ -239,14 +254,21 @@ class CudaPipeline(Pipeline):
         def graph(name: str, launch: Callable[[], None]) -> StageGraph:
             return StageGraph(name, launch, stream, pool)
 
+        launch_prefill: Callable[[int], None] = self.prefill.launch
+        launch_denoise = self.denoise.launch
+        if self._overlap != 'no':
+            side = torch.cuda.Stream(self.device)
+            both = FirstStepBesidePrefill(self.prefill, self.denoise, stream, side)
+            launch_prefill = both.launch
+            launch_denoise = self.denoise.launch_after_first_layers
         self._preprocess_graph = graph('preprocess', self.preprocess.launch)
         self._vision_graph = graph('vision', self.vision.launch)
         self._prefill_graphs = {
-            rows: graph(f'prefill of {rows} rows', partial(self.prefill.launch, rows))
+            rows: graph(f'prefill of {rows} rows', partial(launch_prefill, rows))
             for rows in self.prefill.buckets
         }
         self._denoise_graphs = {
-            steps: graph(f'denoise of {steps} steps', partial(self.denoise.launch, steps))
+            steps: graph(f'denoise of {steps} steps', partial(launch_denoise, steps))
             for steps in range(1, self.shape.max_steps + 1)
         }
         self._clock = StageClock(7)
@@ -254,7 +276,7 @@ class CudaPipeline(Pipeline):
     def _denoise_states(self, num_steps: int) -> list[torch.Tensor]:
         """Return x_t after each Euler step, (H, A) each."""
         stage, states = self.denoise, []
-        stage.launch_begin(num_steps)
+        stage.launch_begin()
         for step in range(num_steps):
             for layer in range(self.config.expert.depth):
                 stage.launch_layer(num_steps, step, layer)

@@ -24,12 +24,13 @@ from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import SCALE, table_row
 from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
-from pi05_ros.engine.kernels.launch import block_size, has_pdl, is_interpreted
+from pi05_ros.engine.kernels.launch import PDL_MODES, block_size, has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
 from pi05_ros.model.sampler import step_size
 
+_EULER_WARPS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -120,31 +121,55 @@ class DenoiseStage:
         Step-dependent values (modulation rows, dt) are arguments of the kernels, so a graph
         belongs to one step count; the prefix length does not enter it.
         """
-        self.launch_begin(num_steps)
-        for step in range(num_steps):
+        self._check_steps(num_steps)
+        self.launch_begin()
+        for layer in range(self.config.expert.depth):
+            self.launch_layer(num_steps, 0, layer)
+        self.launch_step_end(num_steps, 0)
+        self._launch_later_steps(num_steps)
+
+    def launch_begin(self) -> None:
+        """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
+        # Without PDL: everything enqueued before, such as the prefill, is complete after it.
+        first = table_row(1, 0)
+        self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
+
+    def launch_first_layer(self, layer: int) -> None:
+        """Enqueue one expert layer of the first step, the same for every step count.
+
+        What the stream waits for, such as the prefix K/V of this layer on another stream, is
+        complete when the layer starts.
+        """
+        self.layer.launch(table_row(1, 0), layer, pdl_at_start=False)
+
+    def launch_after_first_layers(self, num_steps: int) -> None:
+        """Enqueue what :meth:`launch` does behind the layers of its first step."""
+        self._check_steps(num_steps)
+        self.launch_step_end(num_steps, 0, pdl=False)
+        self._launch_later_steps(num_steps)
+
+    def _launch_later_steps(self, num_steps: int) -> None:
+        for step in range(1, num_steps):
             for layer in range(self.config.expert.depth):
                 self.launch_layer(num_steps, step, layer)
             self.launch_step_end(num_steps, step)
-
-    def launch_begin(self, num_steps: int) -> None:
-        """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
-        self._check_steps(num_steps)
-        # Without PDL: everything enqueued before, such as the prefill, is complete after it.
-        first = table_row(num_steps, 0)
-        self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
         self.layer.launch(table_row(num_steps, step), layer)
 
-    def launch_step_end(self, num_steps: int, step: int) -> None:
-        """Enqueue the Euler update and, unless it was the last step, the next step's input."""
+    def launch_step_end(self, num_steps: int, step: int, *, pdl: bool = True) -> None:
+        """Enqueue the Euler update and, unless it was the last step, the next step's input.
+
+        Args:
+            pdl: may start before the kernel in front of it is complete, where that is in use.
+        """
         source = self.noise if step == 0 else self.actions
         row, following = table_row(num_steps, step), step + 1
         enter = following < num_steps
         self._launch_euler(
             source, row, table_row(num_steps, following) if enter else row,
-            float(step_size(num_steps)), leave=True, enter=enter, pdl=self.layer.pdl,
+            float(step_size(num_steps)), leave=True, enter=enter, pdl=pdl and self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:
@@ -215,7 +240,8 @@ class DenoiseStage:
             PARTS_POW2=triton.next_power_of_2(self.layer.parts),
             EPS=self.config.expert.rms_norm_eps, A_POW2=triton.next_power_of_2(actions),
             BK=block_size(width, 256, 'width'), LEAVE=leave, ENTER=enter,
-            PDL=pdl, launch_pdl=pdl, num_warps=8,
+            WARPS=_EULER_WARPS, PDL=PDL_MODES['early' if pdl else 'off'], PREFETCH=pdl,
+            launch_pdl=pdl, num_warps=_EULER_WARPS,
         )  # fmt: skip
 
 

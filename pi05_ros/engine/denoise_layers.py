@@ -19,7 +19,7 @@ from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import GATE, SCALE, SHIFT
 from pi05_ros.engine.kernels.cluster_layer import PARTS, ClusterKernels
-from pi05_ros.engine.kernels.launch import block_size, has_pdl
+from pi05_ros.engine.kernels.launch import PDL_MODES, block_size, has_pdl
 from pi05_ros.model.config import GemmaConfig
 
 _MAX_ROW_BLOCK = 64
@@ -56,21 +56,26 @@ class ClusterLayer:
         self.prefetch = True
         self.pdl = True
 
-    def launch(self, row: int, layer: int) -> None:
-        """Enqueue one layer with the modulations of one row of the table."""
-        self.launch_qkv(row, layer)
+    def launch(self, row: int, layer: int, *, pdl_at_start: bool = True) -> None:
+        """Enqueue one layer with the modulations of one row of the table.
+
+        Args:
+            pdl_at_start: the first kernel may start before the one in front of it is complete.
+        """
+        self.launch_qkv(row, layer, pdl=pdl_at_start)
         self.launch_attend(row, layer)
         self.launch_attention_out(row, layer)
         self.launch_gate_up(row, layer)
         self.launch_down(row, layer)
 
     # Each kernel also asks for the weights of a later one that are not on their way yet.
-    def launch_qkv(self, row: int, layer: int) -> None:
+    def launch_qkv(self, row: int, layer: int, *, pdl: bool = True) -> None:
         """Enqueue norm, q, k, v and their rotation: x to qkv."""
         b, w = self._buffers, self._weights
         modulation = w.modulations[row, 2 * layer]
         self._launch(
-            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
+            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv),
+            pdl=pdl,
         )  # fmt: skip
 
     def launch_attend(self, row: int, layer: int) -> None:
@@ -107,8 +112,11 @@ class ClusterLayer:
         following = w.attention_out[(layer + 1) % len(w.qkv)]
         self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
 
-    def _launch(self, name: str, arguments: tuple, prefetch: Tensor | None = None) -> None:
-        self._kernels.launch(name, arguments, prefetch if self.prefetch else None, self.pdl)
+    def _launch(
+        self, name: str, arguments: tuple, prefetch: Tensor | None = None, *, pdl: bool = True
+    ) -> None:
+        weights = prefetch if self.prefetch else None
+        self._kernels.launch(name, arguments, weights, pdl and self.pdl)
 
 
 class TritonLayer:
@@ -124,15 +132,19 @@ class TritonLayer:
         self.tuning = tuning
         self.horizon = buffers.x.shape[0]
         self.row_block = row_block(self.horizon)
-        self.pdl = tuning.pdl and has_pdl(buffers.x.device)
+        self.pdl = tuning.pdl != 'off' and has_pdl(buffers.x.device)
         mods = weights.modulations
         self._qkv_shift = _shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
         self._gate_up_shift = _shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
         self._plan()
 
-    def launch(self, row: int, layer: int) -> None:
-        """Enqueue one layer with the modulations of one row of the table."""
-        self.launch_qkv(row, layer)
+    def launch(self, row: int, layer: int, *, pdl_at_start: bool = True) -> None:
+        """Enqueue one layer with the modulations of one row of the table.
+
+        Args:
+            pdl_at_start: the first kernel may start before the one in front of it is complete.
+        """
+        self.launch_qkv(row, layer, pdl=pdl_at_start)
         self.launch_attend(row, layer)
         self.launch_merge()
         self.launch_attention_out(row, layer)
@@ -166,6 +178,12 @@ class TritonLayer:
         )  # fmt: skip
         self._gate_up_grid = (2 * expert.mlp_dim // self._gate_up_args['BN'], row_blocks)
 
+    def _start(self, pdl: bool = True, *, prefetch: bool = True) -> dict[str, Any]:
+        """Return the launch arguments that say how a kernel starts."""
+        on = pdl and self.pdl
+        start = {'PDL': PDL_MODES[self.tuning.pdl if on else 'off'], 'launch_pdl': on}
+        return start | ({'PREFETCH': on and self.tuning.prefetch} if prefetch else {})
+
     def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:
         """Return the launch arguments that the two products behind a norm share."""
         expert = self._expert
@@ -178,19 +196,17 @@ class TritonLayer:
             'BN': block_size(size, tiling.columns, name),
             'BK': block_size(expert.width, tiling.depth, 'width'),
             'WARPS': tiling.warps,
-            'PDL': self.pdl,
-            'launch_pdl': self.pdl,
             'num_warps': tiling.warps,
             'num_stages': tiling.stages,
         }
 
-    def launch_qkv(self, row: int, layer: int) -> None:
+    def launch_qkv(self, row: int, layer: int, *, pdl: bool = True) -> None:
         """Enqueue norm, q, k, v and their rotation: scaled to qkv."""
         b, expert = self._buffers, self._expert
         small_gemm.qkv_rope_kernel[self._qkv_grid](
             b.scaled, self.ssq, self._qkv_shift[row, layer], self._weights.qkv[layer],
             b.cos, b.sin, b.n_prefix, b.qkv, self.horizon, expert.num_heads,
-            D=expert.head_dim, **self._qkv_args,
+            D=expert.head_dim, **self._qkv_args, **self._start(pdl),
         )  # fmt: skip
 
     def launch_attend(self, row: int, layer: int) -> None:
@@ -202,7 +218,7 @@ class TritonLayer:
             b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts, self._log_sums,
             self.horizon, expert.num_heads, head_dim**-0.5 * math.log2(math.e),
             D=head_dim, SPLITS=tiling.splits, BM=tiling.rows, BN=tiling.keys,
-            PDL=self.pdl, launch_pdl=self.pdl, num_warps=tiling.warps, num_stages=tiling.stages,
+            WARPS=tiling.warps, num_warps=tiling.warps, num_stages=tiling.stages, **self._start(),
         )  # fmt: skip
 
     def launch_merge(self) -> None:
@@ -212,7 +228,7 @@ class TritonLayer:
             self._parts, self._log_sums, b.n_prefix, b.attended, self.horizon, expert.num_heads,
             D=expert.head_dim, SPLITS=tiling.splits,
             SPLITS_POW2=triton.next_power_of_2(tiling.splits), BN=tiling.keys,
-            PDL=self.pdl, launch_pdl=self.pdl, num_warps=self.tuning.merge_warps,
+            num_warps=self.tuning.merge_warps, **self._start(prefetch=False),
         )  # fmt: skip
 
     def launch_attention_out(self, row: int, layer: int) -> None:
@@ -228,7 +244,7 @@ class TritonLayer:
         small_gemm.gate_up_kernel[self._gate_up_grid](
             b.scaled, self._ssq_attention, self._gate_up_shift[row, layer],
             weights.gate_up[layer], b.activated, self.horizon,
-            N=self._expert.mlp_dim, **self._gate_up_args,
+            N=self._expert.mlp_dim, **self._gate_up_args, **self._start(),
         )  # fmt: skip
 
     def launch_down(self, row: int, layer: int) -> None:
@@ -243,7 +259,7 @@ class TritonLayer:
         small_gemm.gated_residual_kernel[plan.grid](
             a, weight, mods[norm, GATE], mods[norm + 1, SCALE], b.x, b.scaled, ssq,
             plan.partials, plan.counters, self.horizon,
-            PDL=self.pdl, launch_pdl=self.pdl, **plan.args,
+            **plan.args, **self._start(),
         )  # fmt: skip
 
 

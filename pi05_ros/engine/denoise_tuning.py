@@ -57,7 +57,8 @@ class DenoiseTuning:
     gate_up: GemmTiling = GemmTiling(columns=64, depth=64, warps=4, stages=4)
     down: GemmTiling = GemmTiling(columns=32, depth=128, splits=4, warps=4, stages=3)
     merge_warps: int = 1
-    pdl: bool = True
+    pdl: str = 'early'  # when a kernel lets the next one start: of kernels.launch.PDL_MODES
+    prefetch: bool = True  # with PDL: bring what no kernel writes to L2 before the wait
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DenoiseTuning:

@@ -79,8 +79,7 @@ def modulation_table(
         time_mlp: (weight (W, W), bias (W,)) of its two layers.
         max_steps: largest step count N.
     Returns:
-        (max_steps * (max_steps + 1) / 2, norms, 3, W) float32. The rows of step count N start at
-        :func:`table_row` (N, 0).
+        (max_steps * (max_steps + 1) / 2, norms, 3, W) float32; :func:`table_row` finds a step.
     """
     times = [t for n in range(1, max_steps + 1) for t in step_times(n)]
     device = dense[0][0].device
@@ -93,5 +92,9 @@ def modulation_table(
 
 
 def table_row(num_steps: int, step: int) -> int:
-    """Return the row of :func:`modulation_table` for one step of a run of ``num_steps``."""
-    return num_steps * (num_steps - 1) // 2 + step
+    """Return the row of :func:`modulation_table` for one step of a run of ``num_steps``.
+
+    Every run starts at t = 1, so all step counts share the row of their first step: its layers can
+    run before the step count is known, with the same bits.
+    """
+    return num_steps * (num_steps - 1) // 2 + step if step else 0

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pi05_ros.engine.kernels.adarms import adarms_reference, modulated
-from pi05_ros.engine.kernels.launch import let_next_start, wait_for_previous
+from pi05_ros.engine.kernels.launch import let_next_start, prefetch_range, wait_for_previous
 
 
 @triton.jit
@@ -30,12 +30,16 @@ def euler_kernel(
     dt, A,
     W: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr, EPS: tl.constexpr,
     A_POW2: tl.constexpr, BK: tl.constexpr,
-    LEAVE: tl.constexpr, ENTER: tl.constexpr, PDL: tl.constexpr,
+    LEAVE: tl.constexpr, ENTER: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
     let_next_start(PDL)
-    wait_for_previous(PDL)
     row = tl.program_id(0)
+    if row < A:
+        prefetch_range(w_out_ptr + row * W, W, WARPS, PREFETCH)
+        prefetch_range(w_in_ptr + row * W, W, WARPS, PREFETCH)
+    wait_for_previous(PDL)
     actions = tl.arange(0, A_POW2)
     action_mask = actions < A
     x_t = tl.load(from_ptr + row * A + actions, mask=action_mask, other=0.0)

@@ -10,8 +10,10 @@ The order in every kernel is: :func:`let_next_start`, :func:`prefetch_rows` (wei
 previous grid has completed and its writes are visible; that grid waited for its own predecessor,
 so everything older is complete as well.
 
-The helpers are no-ops with ``PDL=False``: before compute capability 9.0, and in the interpreter,
-which knows no inline assembly.
+``PDL`` is a value of :data:`PDL_MODES`. With 'early' a kernel lets the next one start as its first
+act, with 'late' when its own wait is over: then at most two kernels share the multiprocessors. The
+helpers are no-ops with 'off': before compute capability 9.0, and in the interpreter, which knows
+no inline assembly.
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ from triton.language.extra import cuda as tlc
 
 from pi05_ros.engine.pipeline import BackendError
 
+PDL_MODES = {'off': 0, 'early': 1, 'late': 2}
+_EARLY = tl.constexpr(PDL_MODES['early'])
+_LATE = tl.constexpr(PDL_MODES['late'])
+
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
     """Allow the next kernel of the stream to start; it still waits for this one's results."""
-    if PDL:
+    if PDL == _EARLY:
         tlc.gdc_launch_dependents()
 
 
@@ -38,6 +44,8 @@ def wait_for_previous(PDL: tl.constexpr):
     """Wait until the previous kernel of the stream has completed and its writes are visible."""
     if PDL:
         tlc.gdc_wait()
+        if PDL == _LATE:
+            tlc.gdc_launch_dependents()
 
 
 @triton.jit
@@ -47,7 +55,7 @@ def prefetch_rows(
     COLS: tl.constexpr,  # elements per row, contiguous; 16 bytes times a power of two
     STRIDE: tl.constexpr,  # elements between rows
     WARPS: tl.constexpr,
-    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Ask for a (ROWS, COLS) block to be brought into L2, without waiting for it.
 
@@ -55,7 +63,7 @@ def prefetch_rows(
     theirs one after the other. So all lanes of a warp ask for the same range, each warp for its
     own, in as few rounds as there are rows per warp.
     """
-    if PDL:
+    if PREFETCH:
         element_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
         per_row: tl.constexpr = 1 if ROWS >= WARPS else WARPS // ROWS
         part: tl.constexpr = COLS // per_row
@@ -63,14 +71,37 @@ def prefetch_rows(
         for round in tl.static_range(ROWS * per_row // WARPS):
             request = round * WARPS + tl.arange(0, WARPS * 32) // 32
             at = request // per_row * STRIDE + request % per_row * part
-            tl.inline_asm_elementwise(
-                'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;',
-                '=r,l,r',
-                [(ptr + at).to(tl.int64), size],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            _prefetch((ptr + at).to(tl.int64), size)
+
+
+@triton.jit
+def prefetch_range(
+    ptr,  # first element; its address is a multiple of 16 bytes
+    count,  # elements, need not be a constant; less than 16 bytes per warp may be left out
+    WARPS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Ask for ``count`` contiguous elements to be brought into L2, a part of them per warp."""
+    if PREFETCH:
+        element_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        unit: tl.constexpr = 16 // element_bytes
+        part = count // (WARPS * unit) * unit
+        if part > 0:
+            warp = tl.arange(0, WARPS * 32) // 32
+            size = tl.full((WARPS * 32,), 0, tl.int32) + part * element_bytes
+            _prefetch((ptr + warp * part).to(tl.int64), size)
+
+
+@triton.jit
+def _prefetch(address, size):
+    tl.inline_asm_elementwise(
+        'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;',
+        '=r,l,r',
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def is_interpreted() -> bool:

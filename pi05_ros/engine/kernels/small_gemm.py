@@ -61,7 +61,7 @@ def qkv_rope_kernel(
     M, heads,
     K: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of BN / 2 rotation pairs (j, j + D/2) of one head, side by side."""
     HALF: tl.constexpr = BN // 2
@@ -74,8 +74,8 @@ def qkv_rope_kernel(
     w_rows = head * D + col0 + column // 2 + (column % 2) * (D // 2)
     first_ptr = w_ptr + (head * D + col0) * K
     let_next_start(PDL)
-    prefetch_rows(first_ptr, 1, HALF * K, 0, WARPS, PDL)
-    prefetch_rows(first_ptr + (D // 2) * K, 1, HALF * K, 0, WARPS, PDL)
+    prefetch_rows(first_ptr, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(first_ptr + (D // 2) * K, 1, HALF * K, 0, WARPS, PREFETCH)
     shift = tl.load(shift_ptr + w_rows)
     cols = col0 + tl.arange(0, HALF)
     table = (tl.load(start_ptr) + rows)[:, None] * (D // 2) + cols[None, :]
@@ -108,7 +108,7 @@ def gate_up_kernel(
     M,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PARTS_POW2: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows, BN / 2 columns of the product gelu_tanh(gate) * up."""
     HALF: tl.constexpr = BN // 2
@@ -118,8 +118,8 @@ def gate_up_kernel(
     column = tl.arange(0, BN)
     w_rows = col0 + column // 2 + (column % 2) * N
     let_next_start(PDL)
-    prefetch_rows(w_ptr + col0 * K, 1, HALF * K, 0, WARPS, PDL)
-    prefetch_rows(w_ptr + (N + col0) * K, 1, HALF * K, 0, WARPS, PDL)
+    prefetch_rows(w_ptr + col0 * K, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(w_ptr + (N + col0) * K, 1, HALF * K, 0, WARPS, PREFETCH)
     shift = tl.load(shift_ptr + w_rows)
     wait_for_previous(PDL)
 
@@ -167,7 +167,7 @@ def gated_residual_kernel(
     M,
     N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: one K range of a (BM, BN) tile; the last to finish sums the ranges in order.
 
@@ -182,7 +182,7 @@ def gated_residual_kernel(
     rows = tl.program_id(2) * BM + tl.arange(0, BM)
     row_mask = rows < M
     let_next_start(PDL)
-    prefetch_rows(w_ptr + tile_n * BN * K + split * depth, BN, depth, K, WARPS, PDL)
+    prefetch_rows(w_ptr + tile_n * BN * K + split * depth, BN, depth, K, WARPS, PREFETCH)
     gate = tl.load(gate_ptr + cols).to(x_ptr.dtype.element_ty).to(tl.float32)
     scale = tl.load(scale_ptr + cols) + 1.0
     wait_for_previous(PDL)

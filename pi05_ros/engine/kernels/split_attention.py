@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi05_ros.engine.kernels.launch import let_next_start, wait_for_previous
+from pi05_ros.engine.kernels.launch import let_next_start, prefetch_range, wait_for_previous
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def attend_kernel(
     log_sum_ptr,  # (SPLITS, heads * M) f32, written, in units of log2
     M, heads, log2_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, one range of key blocks."""
     split = tl.program_id(1)
@@ -51,6 +51,10 @@ def attend_kernel(
     begin = split * per_split
     end = tl.minimum(begin + per_split, blocks)
     let_next_start(PDL)
+    # The weights of a step displace the prefix from L2, and no kernel of the step writes it.
+    prefix_keys = (tl.minimum(end * BN, n_prefix) - begin * BN) * D
+    prefetch_range(k_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
+    prefetch_range(v_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
     wait_for_previous(PDL)
 
     if begin < blocks:
@@ -80,7 +84,7 @@ def attend_kernel(
             top = new_top
         at = split * num_rows + rows
         tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
-        part = (acc / norm[:, None]).to(part_ptr.dtype.element_ty)
+        part = (acc * (1.0 / norm)[:, None]).to(part_ptr.dtype.element_ty)
         tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
 
 
