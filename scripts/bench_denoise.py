@@ -4,6 +4,7 @@
     python scripts/bench_denoise.py --check             parity with the plain twin
     python scripts/bench_denoise.py --time              a step, and each kernel of a layer
     python scripts/bench_denoise.py --retune            find and store block sizes
+    python scripts/bench_denoise.py --decide            all of it briefly, for both kernel sets
 
 Weights of all layers are different tensors, so every step reads them from HBM.
 """
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.denoise_layers import TritonLayer, row_block
 from pi05_ros.engine.denoise_tuner import (
-    CANDIDATES,
     UNFIT,
+    programs,
     time_graph_us,
     time_run_us,
     tune,
+    tuning_of,
 )
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
 from pi05_ros.model.config import Pi05Config
 
+ALL_SHAPES = (
+    (50, 968, 10), (50, 712, 10), (50, 552, 3), (50, 261, 1), (15, 712, 10), (10, 552, 10),
+    (10, 901, 3),
+)  # fmt: skip
+FEW_SHAPES = ((50, 712, 10), (15, 552, 3))
 _TUNED_DIR = Path(__file__).parents[1] / 'pi05_ros' / 'engine' / 'tuned'
 
 
@@ -91,13 +98,17 @@ def make_stage(
     return stage
 
 
-def check(config: Pi05Config, state: dict[str, torch.Tensor], kernels: str) -> list[dict]:
-    """Compare kernels with the plain twin, a graph with no graph, and a run with itself."""
+def check(
+    config: Pi05Config, state: dict[str, torch.Tensor], kernels: str,
+    shapes: tuple[tuple[int, int, int], ...] = ALL_SHAPES,
+) -> list[dict]:  # fmt: skip
+    """Compare kernels with the plain twin, a graph with no graph, and a run with itself.
+
+    Args:
+        shapes: (horizon, prefix tokens, steps) of each comparison.
+    """
     rows = []
-    for horizon, prefix, num_steps in (
-        (50, 968, 10), (50, 712, 10), (50, 552, 3), (50, 261, 1), (15, 712, 10), (10, 552, 10),
-        (10, 901, 3),
-    ):  # fmt: skip
+    for horizon, prefix, num_steps in shapes:
         stage = make_stage(config, state, horizon=horizon, prefix=prefix, kernels=kernels)
         stage.launch(num_steps)
         actions = stage.actions.clone()
@@ -184,8 +195,8 @@ def time_kernels(stage: DenoiseStage) -> dict[str, float]:
 
 
 def time_steps(stage: DenoiseStage) -> dict[str, float]:
-    """Return milliseconds of whole runs by step count."""
-    return {str(n): time_run_us(stage, n, 50) / 1e3 for n in (1, 2, 3, 5, 10)}
+    """Return microseconds per step of short and of long runs."""
+    return {f'step of {n}': time_run_us(stage, n, 50) / n for n in (1, 3, 10)}
 
 
 def raise_clocks(seconds: float = 1.5) -> str:
@@ -213,60 +224,79 @@ def copy_bandwidth_tb_s() -> float:
 
 
 def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
-    """Compile every ``parts``-th candidate into Triton's cache, with a one-layer model."""
+    """Compile every ``parts``-th program into Triton's cache, with a one-layer model."""
     shallow = replace(
         config, expert=replace(config.expert, depth=1), vlm=replace(config.vlm, depth=1)
     )
-    stage = make_stage(
-        shallow,
-        random_state(shallow, 'cuda'),
-        horizon=horizon,
-        prefix=900,
-        max_steps=2,
-        kernels='triton',
-    )
-    jobs = [(field, choice) for field, choices in CANDIDATES.items() for choice in choices]
-    assert isinstance(stage.layer, TritonLayer)
-    base = stage.layer.tuning
-    for field, choice in jobs[part::parts]:
+    state = random_state(shallow, 'cuda')
+    stage = make_stage(shallow, state, horizon=horizon, prefix=900, max_steps=2, kernels='triton')
+    for tuning in programs(tuning_of(stage))[part::parts]:
         try:
-            stage.use_tuning(replace(base, **{field: choice}))
+            stage.use_tuning(tuning)
             stage.launch(2)
         except UNFIT as unfit:
-            print(field, choice, type(unfit).__name__)
+            print(tuning, type(unfit).__name__)
     torch.cuda.synchronize()
 
 
-def precompile_all(horizon: int, parts: int) -> None:
-    """Run :func:`precompile` in ``parts`` processes side by side."""
+def start_precompiling(horizon: int, parts: int) -> list[subprocess.Popen]:
+    """Start :func:`precompile` in ``parts`` processes side by side."""
     command = [sys.executable, __file__, '--horizon', str(horizon), '--parts', str(parts)]
-    workers = [subprocess.Popen([*command, '--precompile', str(i)]) for i in range(parts)]
+    return [subprocess.Popen([*command, '--precompile', str(i)]) for i in range(parts)]
+
+
+def wait_for(workers: list[subprocess.Popen], end: float) -> None:
+    """Wait for the workers, or stop them at ``end``; what is not compiled is so when it is run."""
     for worker in workers:
-        worker.wait()
+        try:
+            worker.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
 
 
 def main() -> None:
     """Run what the options ask for and print one JSON line last."""
+    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true', help='parity with the plain twin')
     parser.add_argument('--time', action='store_true', help='time steps and single kernels')
     parser.add_argument('--retune', action='store_true', help='find and store block sizes')
+    parser.add_argument('--decide', action='store_true', help='compare both kernel sets')
+    for name, kind, default, text in (
+        ('deadline', float, 3600.0, 'seconds after which no more candidates are tried'),
+        ('output', Path, _TUNED_DIR, 'folder for the block sizes; default: in the package'),
+    ):
+        parser.add_argument(f'--{name}', type=kind, default=default, help=text)
     parser.add_argument('--horizon', type=int, default=50)
     parser.add_argument('--prefix', type=int, default=968, help='valid prefix tokens')
-    parser.add_argument('--parts', type=int, default=12, help='processes that compile')
+    parser.add_argument('--parts', type=int, default=14, help='processes that compile')
     parser.add_argument('--kernels', default='auto', help='auto, cuda-clusters or triton')
     parser.add_argument('--precompile', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--json', type=Path, help='write all figures here')
     options = parser.parse_args()
+    options.end = started + options.deadline
     config = Pi05Config.full()
     if options.precompile is not None:
         precompile(config, options.precompile, options.parts, options.horizon)
         return
     result: dict = {'gpu': torch.cuda.get_device_name(), 'torch': torch.__version__}
+    state = random_state(config, 'cuda')
+    if options.decide:
+        decide(config, state, options, result)
+    else:
+        run_parts(config, state, options, result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k not in ('check', 'tried')}))
+
+
+def run_parts(
+    config: Pi05Config, state: dict[str, torch.Tensor], options: argparse.Namespace, result: dict
+) -> None:
+    """Do what the single options ask for, with one kernel set."""
     result['clocks'] = raise_clocks()
     print(result['clocks'])
     result['copy_tb_s'] = copy_bandwidth_tb_s()
-    state = random_state(config, 'cuda')
     if options.check:
         result['check'] = check(config, state, options.kernels)
     stage = make_stage(
@@ -274,46 +304,74 @@ def main() -> None:
     )
     print('clocks', raise_clocks())
     if options.time:
-        report_times(stage, result)
+        result[stage.backend] = all_times(stage)
     if options.retune:
+        wait_for(start_precompiling(options.horizon, options.parts), options.end)
         retune(stage, options, result)
-        report_times(stage, result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
-    print(json.dumps({k: v for k, v in result.items() if k not in ('check', 'tried')}))
+        result['tuned'] = all_times(stage)
+    print_table({name: result[name] for name in ('cuda-clusters', 'triton', 'tuned')
+                 if name in result})  # fmt: skip
 
 
-def report_times(stage: DenoiseStage, result: dict) -> None:
-    """Time steps and kernels, print them, add them to ``result``."""
-    result['run_ms'] = time_steps(stage)
-    result['kernels_us'] = time_kernels(stage)
-    for name, value in result['kernels_us'].items():
-        print(f'{name:28s} {value:7.2f} us')
-    print('run ms by steps', result['run_ms'])
+def decide(
+    config: Pi05Config, state: dict[str, torch.Tensor], options: argparse.Namespace, result: dict
+) -> None:
+    """Check and time both kernel sets, and tune the Triton set, while its candidates compile."""
+    workers = start_precompiling(options.horizon, options.parts)
+    sets = ('cuda-clusters', 'triton')
+    result['check'] = [row for name in sets for row in check(config, state, name, FEW_SHAPES)]
+    wait_for(workers, options.end - 12.0)
+    print(f'{options.end - time.perf_counter():.0f} s left, clocks {raise_clocks(0.8)}')
+    times = {}
+    for name in sets:
+        stage = make_stage(
+            config, state, horizon=options.horizon, prefix=options.prefix, kernels=name
+        )
+        times[name] = all_times(stage)
+    retune(stage, options, result)
+    times['tuned'] = all_times(stage)
+    stage.launch(10)
+    agreement = cosine(stage.actions, stage.eager(10))
+    print(f'tuned: cosine to the twin {agreement:.6f}')
+    result |= times | {'tuned_cosine': agreement}
+    print_table(times)
+
+
+def all_times(stage: DenoiseStage) -> dict[str, float]:
+    """Return microseconds per step and per kernel."""
+    return time_steps(stage) | time_kernels(stage)
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    """Print microseconds, one column per kernel set."""
+    names = dict.fromkeys(name for times in columns.values() for name in times)
+    print(f'{"us":28s}' + ''.join(f'{column:>15s}' for column in columns))
+    for name in names:
+        values = [times.get(name, float('nan')) for times in columns.values()]
+        print(f'{name:28s}' + ''.join(f'{value:15.2f}' for value in values))
 
 
 def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> None:
-    """Search block sizes, print every try, store the result with the package."""
+    """Search block sizes until the deadline, print every try, store the result."""
     started = time.perf_counter()
-    precompile_all(options.horizon, options.parts)
-    print(f'compiled in {time.perf_counter() - started:.0f} s')
     tried: list = []
 
-    def report(field: str, choice: Any, outcome: float | str) -> None:
-        values = asdict(choice) if hasattr(choice, '__dataclass_fields__') else choice
-        tried.append([field, values, outcome])
-        brief = ' '.join(map(str, values.values())) if isinstance(values, dict) else values
+    def report(change: dict[str, Any], outcome: float | str) -> None:
+        tried.append([str(change), outcome])
+        brief = ' '.join(
+            ' '.join(map(str, asdict(choice).values())) if is_dataclass(choice) else str(choice)
+            for choice in change.values()
+        )
         shown = outcome if isinstance(outcome, str) else f'{outcome:.1f}'
-        print(f'{field:14s} {brief!s:20s} {shown}', flush=True)
+        print(f'{next(iter(change)):14s} {brief:20s} {shown}', flush=True)
 
-    tuning = tune(stage, report)
+    tuning = tune(stage, report, seconds=options.end - started - 4.0)
     print(f'tuned in {time.perf_counter() - started:.0f} s: {tuning}')
     result['tuning'], result['tried'] = asdict(tuning), tried
-    rows = row_block(stage.horizon)
-    path = save_denoise_tuning(_TUNED_DIR, result['gpu'], stage.config.expert, rows, tuning)
+    path = save_denoise_tuning(
+        options.output, result['gpu'], stage.config.expert, row_block(stage.horizon), tuning
+    )
     print(f'stored in {path}')
-    if options.json:
-        (options.json.parent / path.name).write_text(path.read_text())
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,42 +17,85 @@ from pi05_ros.engine.denoise_layers import TritonLayer
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
 from pi05_ros.engine.pipeline import BackendError
 
-_NORMED = [
+# What bounds these kernels on a GH100 is the traffic between L2 and the multiprocessors and the
+# latency at both ends. Every tile of columns reads all activations again, so wide tiles read less
+# and narrow ones spread over more multiprocessors; both are here, each shallow enough in shared
+# memory for two kernels per multiprocessor, and deep.
+_QKV = [
     GemmTiling(columns, depth, 1, warps, stages)
     for columns, depth, warps, stages in (
-        (16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 4), (32, 64, 4, 6), (32, 128, 4, 3),
-        (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6),
-        (64, 64, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 8, 4),
+        (16, 128, 4, 4), (16, 256, 4, 2), (16, 256, 4, 3), (32, 128, 4, 4), (32, 128, 4, 6),
+        (32, 128, 8, 4), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 6),
+        (64, 128, 8, 4),
     )
 ]  # fmt: skip
-_RESIDUAL = [
+_GATE_UP = [
+    GemmTiling(columns, depth, 1, warps, stages)
+    for columns, depth, warps, stages in (
+        (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 3), (64, 128, 8, 4),
+        (64, 128, 8, 6), (64, 256, 8, 3), (128, 64, 8, 6), (128, 128, 8, 4),
+    )
+]  # fmt: skip
+_ATTENTION_OUT = [
     GemmTiling(columns, depth, splits, warps, stages)
     for columns, depth, splits, warps, stages in (
-        (16, 128, 2, 4, 4), (32, 64, 2, 4, 6), (32, 64, 4, 4, 4), (32, 64, 4, 4, 6),
-        (32, 128, 2, 4, 4), (32, 128, 4, 4, 3), (32, 128, 4, 4, 4), (32, 128, 4, 4, 6),
-        (32, 256, 4, 4, 2), (32, 256, 4, 4, 3), (32, 128, 8, 4, 4), (64, 64, 8, 4, 4),
-        (64, 128, 8, 4, 3), (64, 128, 8, 4, 4),
+        (16, 128, 2, 4, 4), (16, 256, 1, 4, 4), (16, 256, 2, 4, 3), (32, 128, 2, 4, 4),
+        (32, 128, 2, 4, 6), (32, 128, 4, 4, 4), (32, 256, 2, 4, 4), (64, 128, 4, 4, 4),
+        (64, 128, 4, 8, 4),
+    )
+]  # fmt: skip
+_DOWN = [
+    GemmTiling(columns, depth, splits, warps, stages)
+    for columns, depth, splits, warps, stages in (
+        (32, 128, 4, 4, 4), (32, 128, 4, 4, 6), (32, 256, 4, 4, 3), (32, 256, 4, 4, 4),
+        (64, 64, 4, 4, 6), (64, 128, 4, 4, 4), (64, 128, 4, 8, 4), (64, 128, 4, 8, 6),
+        (64, 128, 8, 4, 3),
     )
 ]  # fmt: skip
 _ATTENTION = [
     AttentionTiling(rows, keys, splits, warps, stages)
     for rows, keys, splits, warps, stages in (
-        (64, 16, 8, 4, 3), (64, 32, 6, 4, 3), (64, 32, 8, 4, 2), (64, 32, 8, 4, 3),
-        (64, 32, 12, 4, 2), (64, 64, 6, 4, 2), (64, 64, 7, 4, 2), (64, 64, 8, 8, 1),
-        (64, 64, 12, 8, 1), (128, 64, 6, 8, 1), (32, 64, 6, 4, 1),
+        (64, 16, 16, 4, 3), (64, 32, 8, 4, 2), (64, 32, 8, 4, 3), (64, 32, 8, 8, 2),
+        (64, 32, 12, 4, 2), (64, 32, 12, 8, 2), (64, 64, 6, 8, 2), (64, 64, 12, 4, 2),
+        (64, 64, 12, 8, 1),
     )
 ]  # fmt: skip
-CANDIDATES: dict[str, list[Any]] = {
-    'gate_up': _NORMED,
-    'down': _RESIDUAL,
-    'attention_out': _RESIDUAL,
-    'qkv': _NORMED,
-    'attention': _ATTENTION,
-    'merge_warps': [1, 2, 4, 8],
-    'pdl': [True, False],
-}
+# How kernels start comes first: it decides how many of them share a multiprocessor.
+STARTS: list[dict[str, Any]] = [
+    {'pdl': 'early', 'prefetch': True}, {'pdl': 'early', 'prefetch': False},
+    {'pdl': 'late', 'prefetch': True}, {'pdl': 'off', 'prefetch': False},
+]  # fmt: skip
+# The columns of down and attention_out decide how many parts the norm behind them adds, so they
+# come before qkv and gate_up, whose programs depend on it.
+CANDIDATES: list[dict[str, Any]] = [
+    {field: choice}
+    for field, choices in (
+        ('down', _DOWN), ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
+        ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]),
+    )
+    for choice in choices
+]  # fmt: skip
 # A choice that asks for more shared memory, registers or a smaller shape than there is.
 UNFIT = (OutOfResources, CompilationError, BackendError)
+
+
+def programs(base: DenoiseTuning) -> list[DenoiseTuning]:
+    """Return tunings that together use every kernel program that :func:`tune` may run.
+
+    Those that it is least likely to need come last.
+    """
+    started = [replace(base, **start) for start in STARTS]
+    usual = [replace(s, **change) for s in started if s.pdl != 'off' for change in CANDIDATES]
+    other_parts = [
+        replace(s, **{producer: replace(getattr(base, producer), columns=columns), field: tiling})
+        for field, tilings, producer, choices in (
+            ('qkv', _QKV, 'down', _DOWN), ('gate_up', _GATE_UP, 'attention_out', _ATTENTION_OUT)
+        )
+        for columns in sorted({c.columns for c in choices} - {getattr(base, producer).columns})
+        for s in started if s.pdl != 'off'
+        for tiling in tilings
+    ]  # fmt: skip
+    return started + usual + other_parts
 
 
 def time_run_us(stage: DenoiseStage, num_steps: int, replays: int = 20) -> float:
@@ -81,34 +125,40 @@ def time_graph_us(enqueue: Callable[[], object], replays: int = 20) -> float:
 
 def tune(
     stage: DenoiseStage,
-    report: Callable[[str, Any, float | str], None],
+    report: Callable[[dict[str, Any], float | str], None],
     num_steps: int = 3,
-    candidates: dict[str, list[Any]] | None = None,
+    seconds: float = 3600.0,
 ) -> DenoiseTuning:
-    """Try every candidate of every field, keeping the fastest before the next field.
+    """Try :data:`STARTS`, then :data:`CANDIDATES`, keeping whatever is faster than all before.
 
     Args:
         stage: gets the result; its weights and prefix must be realistic random values.
-        report: called with field, candidate, and microseconds per step or why it cannot run.
+        report: called with what was changed, and microseconds per step or why it cannot run.
+        seconds: what is left of the candidates after this time is not tried.
     """
-    for field, choices in (candidates or CANDIDATES).items():
-        best = _tuning(stage)
-        best_us = time_run_us(stage, num_steps)
-        for choice in choices:
-            try:
-                stage.use_tuning(replace(best, **{field: choice}))
-                time_us = time_run_us(stage, num_steps)
-            except UNFIT as unfit:
-                report(field, choice, f'{type(unfit).__name__}: {unfit}'.splitlines()[0])
-                continue
-            report(field, choice, time_us / num_steps)
-            if time_us < best_us:
-                best, best_us = _tuning(stage), time_us
-        stage.use_tuning(best)
-    return _tuning(stage)
+    end = time.perf_counter() + seconds
+    best, best_us = tuning_of(stage), time_run_us(stage, num_steps)
+    for change in STARTS + CANDIDATES:
+        if time.perf_counter() > end:
+            report(change, 'no time left for this and the rest')
+            break
+        if replace(best, **change) == best:
+            continue
+        try:
+            stage.use_tuning(replace(best, **change))
+            time_us = time_run_us(stage, num_steps)
+        except UNFIT as unfit:
+            report(change, f'{type(unfit).__name__}: {unfit}'.splitlines()[0])
+            continue
+        report(change, time_us / num_steps)
+        if time_us < best_us:
+            best, best_us = tuning_of(stage), time_us
+    stage.use_tuning(best)
+    return best
 
 
-def _tuning(stage: DenoiseStage) -> DenoiseTuning:
+def tuning_of(stage: DenoiseStage) -> DenoiseTuning:
+    """Return what the Triton kernels of a stage run with."""
     if not isinstance(stage.layer, TritonLayer):
         raise BackendError(f'only the Triton kernels have block sizes, not {stage.backend}')
     return stage.layer.tuning

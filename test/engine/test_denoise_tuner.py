@@ -1,0 +1,68 @@
+"""The search for block sizes, with invented times: what it keeps, what it skips, when it stops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from triton.runtime.errors import OutOfResources
+
+from pi05_ros.engine import denoise_tuner
+from pi05_ros.engine.denoise_tuner import CANDIDATES, STARTS, programs, tune
+from pi05_ros.engine.denoise_tuning import DenoiseTuning
+from pi05_ros.engine.pipeline import BackendError
+
+
+class FakeStage:
+    """Takes tunings as a stage does, without kernels."""
+
+    backend = 'triton'
+
+    def __init__(self) -> None:
+        self.tuning = DenoiseTuning()
+
+    def use_tuning(self, tuning: DenoiseTuning) -> None:
+        self.tuning = tuning
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """A stage whose steps are faster with a late start and wide tiles; deep rings do not fit."""
+
+    def time_run_us(stage, num_steps):
+        tuning = stage.tuning
+        if tuning.down.stages == 6:
+            raise OutOfResources(300_000, 232_448, 'shared memory')
+        return num_steps * (700 - 20 * (tuning.pdl == 'late') - tuning.qkv.columns)
+
+    monkeypatch.setattr(denoise_tuner, 'time_run_us', time_run_us)
+    monkeypatch.setattr(denoise_tuner, 'tuning_of', lambda stage: stage.tuning)
+    return FakeStage()
+
+
+def test_the_fastest_of_every_field_is_kept_and_what_does_not_fit_is_reported(stage):
+    tried = []
+    best = tune(stage, lambda change, outcome: tried.append((change, outcome)))
+    assert best == stage.tuning
+    assert (best.pdl, best.qkv.columns) == ('late', 64)
+    assert best.down == DenoiseTuning().down
+    unfit = [outcome for _, outcome in tried if isinstance(outcome, str)]
+    assert unfit and all(outcome.startswith('OutOfResources') for outcome in unfit)
+    assert min(outcome for _, outcome in tried if not isinstance(outcome, str)) == 700 - 20 - 64
+
+
+def test_nothing_is_tried_after_the_deadline(stage):
+    tried = []
+    assert tune(stage, lambda *args: tried.append(args), seconds=-1.0) == DenoiseTuning()
+    assert [outcome for _, outcome in tried] == ['no time left for this and the rest']
+
+
+def test_every_candidate_is_compiled_beforehand_for_every_start_with_overlap():
+    base, found = DenoiseTuning(), programs(DenoiseTuning())
+    starts = [start for start in STARTS if start['pdl'] != 'off']
+    assert all(replace(base, **s, **change) in found for s in starts for change in CANDIDATES)
+
+
+def test_only_the_triton_kernels_have_block_sizes():
+    with pytest.raises(BackendError, match='only the Triton kernels have block sizes'):
+        denoise_tuner.tuning_of(type('Stage', (), {'layer': None, 'backend': 'cuda-clusters'})())
