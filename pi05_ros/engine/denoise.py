@@ -30,7 +30,7 @@ from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
 from pi05_ros.model.sampler import step_size
 
-_EULER_WARPS = 8
+_EULER_WARPS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -239,7 +239,7 @@ class DenoiseStage:
             dt, actions, W=width, PARTS=self.layer.parts,
             PARTS_POW2=triton.next_power_of_2(self.layer.parts),
             EPS=self.config.expert.rms_norm_eps, A_POW2=triton.next_power_of_2(actions),
-            BK=block_size(width, 256, 'width'), LEAVE=leave, ENTER=enter,
+            BK=block_size(width, 512, 'width'), LEAVE=leave, ENTER=enter,
             WARPS=_EULER_WARPS, PDL=PDL_MODES['early' if pdl else 'off'], PREFETCH=pdl,
             launch_pdl=pdl, num_warps=_EULER_WARPS,
         )  # fmt: skip

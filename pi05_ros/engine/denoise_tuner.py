@@ -20,13 +20,13 @@ from pi05_ros.engine.pipeline import BackendError
 # What bounds these kernels on a GH100 is the traffic between L2 and the multiprocessors and the
 # latency at both ends. Every tile of columns reads all activations again, so wide tiles read less
 # and narrow ones spread over more multiprocessors; both are here, each shallow enough in shared
-# memory for two kernels per multiprocessor, and deep.
+# memory for two kernels per multiprocessor, and so deep that all operands are asked for at once.
 _QKV = [
     GemmTiling(columns, depth, 1, warps, stages)
     for columns, depth, warps, stages in (
-        (16, 128, 4, 4), (16, 256, 4, 2), (16, 256, 4, 3), (32, 128, 4, 4), (32, 128, 4, 6),
-        (32, 128, 8, 4), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 6),
-        (64, 128, 8, 4),
+        (16, 128, 4, 4), (16, 256, 4, 2), (16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4),
+        (32, 128, 4, 6), (32, 128, 4, 9), (32, 128, 8, 4), (32, 256, 4, 4), (64, 64, 4, 6),
+        (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 4),
     )
 ]  # fmt: skip
 _GATE_UP = [
@@ -47,17 +47,17 @@ _ATTENTION_OUT = [
 _DOWN = [
     GemmTiling(columns, depth, splits, warps, stages)
     for columns, depth, splits, warps, stages in (
-        (32, 128, 4, 4, 4), (32, 128, 4, 4, 6), (32, 256, 4, 4, 3), (32, 256, 4, 4, 4),
-        (64, 64, 4, 4, 6), (64, 128, 4, 4, 4), (64, 128, 4, 8, 4), (64, 128, 4, 8, 6),
-        (64, 128, 8, 4, 3),
+        (32, 128, 4, 4, 4), (32, 128, 4, 4, 6), (32, 128, 4, 4, 9), (32, 256, 4, 4, 3),
+        (32, 256, 4, 4, 4), (64, 64, 4, 4, 6), (64, 128, 4, 4, 4), (64, 128, 4, 8, 4),
+        (64, 128, 4, 8, 6), (64, 128, 8, 4, 3),
     )
 ]  # fmt: skip
 _ATTENTION = [
     AttentionTiling(rows, keys, splits, warps, stages)
     for rows, keys, splits, warps, stages in (
         (64, 16, 16, 4, 3), (64, 32, 8, 4, 2), (64, 32, 8, 4, 3), (64, 32, 8, 8, 2),
-        (64, 32, 12, 4, 2), (64, 32, 12, 8, 2), (64, 64, 6, 8, 2), (64, 64, 12, 4, 2),
-        (64, 64, 12, 8, 1),
+        (64, 32, 12, 4, 2), (64, 64, 6, 8, 2), (64, 64, 12, 8, 1), (64, 32, 0, 4, 1),
+        (64, 64, 0, 4, 1), (64, 64, 0, 8, 1), (64, 128, 0, 8, 1), (128, 64, 0, 8, 1),
     )
 ]  # fmt: skip
 # How kernels start comes first: it decides how many of them share a multiprocessor.

@@ -38,7 +38,10 @@ class GemmTiling:
 
 @dataclass(frozen=True)
 class AttentionTiling:
-    """Query rows and keys per block, and how many key ranges work side by side."""
+    """Query rows and keys per block, and how many key ranges work side by side.
+
+    ``splits`` 0 makes ranges of one block each, as many as there are, without a loop.
+    """
 
     rows: int
     keys: int

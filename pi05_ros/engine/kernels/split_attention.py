@@ -8,7 +8,9 @@ range's result, in the storage dtype, with its log-sum; a second kernel merges t
     o = sum_s exp(z_s) o_s / sum_s exp(z_s)
 
 The number of prefix keys is read from device memory: a shorter prompt makes fewer key blocks,
-spread evenly over the same grid. Logits stay float32 (the eager model rounds them to bf16).
+spread evenly over the same grid. With few enough keys per program there is no loop: one block,
+whose prefix part is loaded before the wait for the previous kernel, which does not write it.
+Logits stay float32 (the eager model rounds them to bf16).
 """
 
 from __future__ import annotations
@@ -27,6 +29,16 @@ def _blocks_per_split(n_prefix, M, SPLITS: tl.constexpr, BN: tl.constexpr):
     prefix_blocks = tl.cdiv(n_prefix, BN)
     blocks = prefix_blocks + tl.cdiv(M, BN)
     return prefix_blocks, blocks, tl.cdiv(blocks, SPLITS)
+
+
+@triton.jit
+def _store_part(
+    part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D: tl.constexpr,
+):  # fmt: skip
+    """Write the normalised result of a key range and its log-sum."""
+    tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
+    part = (acc * (1.0 / norm)[:, None]).to(part_ptr.dtype.element_ty)
+    tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
 
 
 @triton.jit
@@ -83,9 +95,49 @@ def attend_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision='ieee')
             top = new_top
         at = split * num_rows + rows
-        tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
-        part = (acc * (1.0 / norm)[:, None]).to(part_ptr.dtype.element_ty)
-        tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
+        _store_part(part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D)
+
+
+@triton.jit
+def attend_once_kernel(
+    qkv_ptr,  # (heads + 2, M, D): q heads, suffix k, suffix v
+    k_ptr, v_ptr,  # (P_max, D) prefix of this layer
+    n_prefix_ptr,  # (1,) int32
+    part_ptr,  # (blocks of P_max + M keys, heads * M, D), written
+    log_sum_ptr,  # (blocks of P_max + M keys, heads * M) f32, written, in units of log2
+    M, heads, log2_scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BM packed query rows, BN keys of prefix and suffix behind each other."""
+    block = tl.program_id(1)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    num_rows = heads * M
+    row_mask = rows < num_rows
+    dims = tl.arange(0, D)
+    n_prefix = tl.load(n_prefix_ptr)
+    keys = block * BN + tl.arange(0, BN)
+    offsets = keys[:, None] * D + dims[None, :]
+    in_prefix = (keys < n_prefix)[:, None]
+    let_next_start(PDL)
+    prefix_k = tl.load(k_ptr + offsets, mask=in_prefix, other=0.0)
+    prefix_v = tl.load(v_ptr + offsets, mask=in_prefix, other=0.0)
+    wait_for_previous(PDL)
+
+    if block * BN < n_prefix + M:
+        in_range = keys < n_prefix + M
+        in_suffix = ((keys >= n_prefix) & in_range)[:, None]
+        q = tl.load(qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0)
+        suffix = qkv_ptr + (num_rows - n_prefix) * D + offsets
+        k = tl.load(suffix, mask=in_suffix, other=prefix_k)
+        v = tl.load(suffix + M * D, mask=in_suffix, other=prefix_v)
+        logits = tl.dot(q, tl.trans(k), input_precision='ieee') * log2_scale
+        logits = tl.where(in_range[None, :], logits, float('-inf'))
+        top = tl.max(logits, axis=1)
+        p = tl.exp2(logits - top[:, None])
+        norm = tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision='ieee')
+        at = block * num_rows + rows
+        _store_part(part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D)
 
 
 @triton.jit
@@ -96,15 +148,19 @@ def merge_kernel(
     out_ptr,  # (M, heads * D), written
     M, heads,
     D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one packed query row, all key ranges in index order."""
     let_next_start(PDL)
     row = tl.program_id(0)
     num_rows = heads * M
-    _, blocks, per_split = _blocks_per_split(tl.load(n_prefix_ptr), M, SPLITS, BN)
+    n_prefix = tl.load(n_prefix_ptr)
     splits = tl.arange(0, SPLITS_POW2)
-    used = splits < tl.cdiv(blocks, per_split)
+    if ONCE:
+        used = splits < tl.cdiv(n_prefix + M, BN)
+    else:
+        _, blocks, per_split = _blocks_per_split(n_prefix, M, SPLITS, BN)
+        used = splits < tl.cdiv(blocks, per_split)
     dims = tl.arange(0, D)
     wait_for_previous(PDL)
 

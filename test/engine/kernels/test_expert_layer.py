@@ -134,9 +134,11 @@ def test_qkv_rope_matches_its_twin(kind, horizon):
 @KINDS
 @pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [5])
 @pytest.mark.parametrize('prefix', [1, 32, 45])
-def test_attention_matches_its_twin(kind, horizon, prefix):
+@pytest.mark.parametrize('splits', [3, 0], ids=['loop', 'once'])
+def test_attention_matches_its_twin(kind, horizon, prefix, splits):
     """Few prefix keys leave ranges without any key; rows beyond the prefix are not numbers."""
-    case = _case(kind, horizon, prefix)
+    tuning = replace(_RAGGED, attention=AttentionTiling(rows=32, keys=32, splits=splits))
+    case = _case(kind, horizon, prefix, tuning)
     case.buffers.keys[:, prefix:] = float('nan')
     case.buffers.values[:, prefix:] = float('nan')
     case.buffers.attended.fill_(float('nan'))
