@@ -213,12 +213,16 @@ class InputSubscriptions:
 
     def poll(self) -> None:
         """Push the newest message of every input that has a new one."""
+        clock = self._node.get_clock()
+        now_ns, wall_ns = clock.now().nanoseconds, time.time_ns()
+        if isinstance(clock, ROSClock) and clock.ros_time_is_active:
+            wall_ns = 0
         for name, subscription in self.by_name.items():
             taken = subscription.poll()
             if taken is not None:
                 raw, info = taken
                 sequence = subscription.sequence_of(info)
-                self._push(name, raw, self._receive_ns(info), sequence)
+                self._push(name, raw, _receive_ns(info, now_ns, wall_ns), sequence)
 
     def take_through_rclpy(self) -> None:
         """Take images as everything else again, and free the buffers."""
@@ -279,19 +283,21 @@ class InputSubscriptions:
             if subscription.topic.type_name == IMAGE_TYPE
         ]
 
-    def _receive_ns(self, info: Mapping[str, Any]) -> int:
-        """Return when the message arrived, on the ROS clock.
 
-        The middleware notes it in wall time; it is carried over to the ROS clock by how long ago
-        it was. A simulated clock has no such relation, there it is the time of the poll.
-        """
-        clock = self._node.get_clock()
-        now_ns = clock.now().nanoseconds
-        received_ns = info.get('received_timestamp') or 0
-        is_simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
-        if received_ns == 0 or is_simulated:
-            return now_ns
-        return now_ns - max(0, time.time_ns() - received_ns)
+def _receive_ns(info: Mapping[str, Any], now_ns: int, wall_ns: int) -> int:
+    """Return when the message arrived, on the ROS clock.
+
+    The middleware notes it in wall time; it is carried over to the ROS clock by how long ago
+    it was. A simulated clock has no such relation, there it is the time of the poll.
+
+    Args:
+        now_ns: time of the poll on the ROS clock.
+        wall_ns: the same in wall time; 0 where the ROS clock is simulated.
+    """
+    received_ns = info.get('received_timestamp') or 0
+    if received_ns == 0 or wall_ns == 0:
+        return now_ns
+    return now_ns - max(0, wall_ns - received_ns)
 
 
 def input_qos(topic: InputTopic) -> QoSProfile:

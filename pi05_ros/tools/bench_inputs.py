@@ -22,6 +22,7 @@ import rclpy
 import torch
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode
+from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import get_rmw_implementation_identifier
 
 from pi05_ros.control.core import ControlCore
@@ -217,7 +218,7 @@ def measure(args: argparse.Namespace) -> InputsReport:
         Pi05Error: nothing arrives, or images cannot be taken directly.
     """
     robot = _robot(args.views)
-    rclpy.init()
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)  # Ctrl-C is to end this
     node = LifecycleNode('bench_inputs')
     executor = SingleThreadedExecutor()
     executor.add_node(node)

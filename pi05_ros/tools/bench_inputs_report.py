@@ -31,10 +31,11 @@ def _times_table(report: InputsReport) -> Table:
     ticks = {way: len(report.times_ms[way][PARTS[0]]) for way in WAYS}
     title = 'host time of a tick in ms: ' + ', '.join(f'{ticks[way]} {way}' for way in WAYS)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left')
-    table.add_column('part')
+    table.add_column('part', no_wrap=True)
     for way in WAYS:
-        for percent in PERCENTS:
-            table.add_column(f'{way} {_HEADS[percent]}', justify='right')
+        table.add_column(f'{way} {_HEADS[PERCENTS[0]]}', justify='right')
+        for percent in PERCENTS[1:]:
+            table.add_column(_HEADS[percent], justify='right')
     for part in PARTS:
         values = [report.percentile_ms(way, part, p) for way in WAYS for p in PERCENTS]
         table.add_row(part, *(f'{value:.3f}' for value in values))

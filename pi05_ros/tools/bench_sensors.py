@@ -79,9 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     rclpy.init()
     senders = make_senders(rclpy.create_node('bench_sensors'), args)
-    while rclpy.ok():
+    while True:
         sender = min(senders, key=lambda sender: sender.due_s)
         time.sleep(max(0.0, sender.due_s - time.monotonic()))
+        if not rclpy.ok():  # a signal came
+            break
         sender.send()
 
 
