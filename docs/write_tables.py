@@ -106,7 +106,7 @@ def diagnostics_statuses() -> list[status.Status]:
     statistics = TickStatistics()
     return [
         status.lifecycle_status(view),
-        status.inputs_status(inputs, settings, 0, {}, {}),
+        status.inputs_status(inputs, settings, 0, {}, {}, 'direct'),
         status.pipeline_status(statistics, settings, info.stage_backends),
         status.action_status(core, statistics, '', True, 0),
         status.model_status(info.as_dict(), settings, ''),

@@ -14,9 +14,11 @@ from .reasons import InputFault, Reason
 
 # Bytes per pixel of the encodings that are read without a conversion library.
 NATIVE_ENCODINGS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
+# Where red, green and blue are in a pixel of those that are not RGB already.
+_RGB_CHANNELS = {'bgr8': (2, 1, 0), 'rgba8': (0, 1, 2), 'bgra8': (2, 1, 0), 'mono8': (0, 0, 0)}
 
 # Converts the raw CDR of a sensor_msgs/Image of any other encoding to (h, w, 3) uint8 RGB.
-ForeignDecoder = Callable[[bytes], np.ndarray]
+ForeignDecoder = Callable[[bytes | memoryview], np.ndarray]
 
 # A few kilobytes of PNG can claim gigabytes of pixels; no camera of a robot is larger than this.
 MAX_DECODED_PX = 32_000_000
@@ -31,11 +33,11 @@ def decoder_name() -> str:
 
 
 def pixels(image: ImageMessage) -> np.ndarray:
-    """View a raw image as RGB without copying it.
+    """Return a raw image as RGB; a view of the message where that has RGB in it.
 
     Returns:
-        (h, w, 3) uint8, read-only, possibly with row padding, reversed or repeated channels:
-        check ``flags.c_contiguous`` before handing it to code that needs plain memory.
+        (h, w, 3) uint8. Of rgb8 a read-only view, possibly with row padding: check
+        ``flags.c_contiguous`` before handing it to code that needs plain memory.
     Raises:
         InputFault: the encoding is not one of :data:`NATIVE_ENCODINGS`, the image is empty, or
             ``step`` and the buffer do not fit its size.
@@ -53,11 +55,14 @@ def pixels(image: ImageMessage) -> np.ndarray:
         buffer=image.data,
         strides=(image.step, channels, 1),
     )
-    if image.encoding == 'mono8':
-        return np.broadcast_to(view, (image.height, image.width, 3))
-    if image.encoding.startswith('bgr'):
-        return view[:, :, 2::-1]
-    return view[:, :, :3]
+    if image.encoding == 'rgb8':
+        return view
+    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    # One plane after the other: NumPy copies a plane in loops over long rows, but a whole image
+    # of reversed or cut pixels in loops of three bytes, which takes four times as long.
+    for target, source in enumerate(_RGB_CHANNELS[image.encoding]):
+        rgb[:, :, target] = view[:, :, source]
+    return rgb
 
 
 def check_layout(image: ImageMessage, channels: int) -> None:

@@ -33,7 +33,7 @@ class CameraSlot(Slot):
         self.size_px: tuple[int, int] | None = None  # (height, width), once fixed
         self.encoding = ''
         self._foreign_decoder = foreign_decoder
-        self._decoded: tuple[bytes, np.ndarray] | None = None
+        self._decoded: tuple[bytes | memoryview, np.ndarray] | None = None
 
     def rgb(self) -> np.ndarray:
         """Return the image as (h, w, 3) uint8 RGB; a view where the message allows it.
@@ -51,7 +51,7 @@ class CameraSlot(Slot):
         super().clear()
         self._decoded = None
 
-    def _read(self, raw: bytes) -> np.ndarray:
+    def _read(self, raw: bytes | memoryview) -> np.ndarray:
         if self.transport == 'compressed':
             message = parse_compressed_image(raw)
             self.encoding = message.format
@@ -63,7 +63,7 @@ class CameraSlot(Slot):
             raise size_fault(size_px, self.size_px)
         return np.ascontiguousarray(image)
 
-    def _read_raw(self, raw: bytes) -> np.ndarray:
+    def _read_raw(self, raw: bytes | memoryview) -> np.ndarray:
         message = parse_image(raw)
         self.encoding = message.encoding
         if message.encoding in NATIVE_ENCODINGS:
@@ -90,7 +90,7 @@ class PromptSlot:
         """Take the prompt from the parameter."""
         self._take(text, 'parameter')
 
-    def push(self, raw: bytes) -> None:
+    def push(self, raw: bytes | memoryview) -> None:
         """Take the prompt from a std_msgs/String."""
         self.received += 1
         try:
@@ -135,7 +135,9 @@ class Inputs:
         if robot.needs_eef_pose:
             self.sensors[EEF_POSE] = self.pose
 
-    def push(self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None) -> None:
+    def push(
+        self, name: str, raw: bytes | memoryview, receive_ns: int, sequence: int | None = None
+    ) -> None:
         """Take one raw CDR message of the input ``name`` (see :attr:`topics`)."""
         if name == TASK_PROMPT:
             self.prompt.push(raw)

@@ -25,7 +25,7 @@ class Slot:
 
     def clear(self) -> None:
         """Forget the message (not the counters), as after a jump of the clock."""
-        self.raw: bytes | None = None
+        self.raw: bytes | memoryview | None = None
         self.fault: InputFault | None = None
         self.has_header = False
         self.header_ns = 0
@@ -38,7 +38,7 @@ class Slot:
         return self.raw is None
 
     @property
-    def message(self) -> bytes:
+    def message(self) -> bytes | memoryview:
         """The newest message.
 
         Raises:
@@ -50,11 +50,12 @@ class Slot:
             raise InputFault(Reason.MISSING_INPUT, f'nothing came on {self.topic}')
         return self.raw
 
-    def push(self, raw: bytes, receive_ns: int, sequence: int | None = None) -> None:
+    def push(self, raw: bytes | memoryview, receive_ns: int, sequence: int | None = None) -> None:
         """Replace the message.
 
         Args:
-            raw: CDR bytes of a message that starts with a std_msgs/Header.
+            raw: CDR bytes of a message that starts with a std_msgs/Header. They stay as they are
+                until the next push.
             receive_ns: when it arrived, in nanoseconds of the ROS clock.
             sequence: the publisher's count of its messages, where the middleware tells it. The
                 rate then counts messages that came and were replaced between two ticks, too.

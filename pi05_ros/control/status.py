@@ -88,12 +88,14 @@ def inputs_status(
     now_ns: int,
     lost: Mapping[str, int | None],
     faults: Mapping[str, str],
+    image_take: str,
 ) -> Status:
     """Say how fresh every input is.
 
     Args:
         lost: input -> messages that the middleware lost; None where it cannot tell.
         faults: input -> why its publisher does not match; only those that do not.
+        image_take: how images come from the middleware.
     """
     problems: list[tuple[int, str]] = [(ERROR, fault) for fault in faults.values()]
     missing = inputs.missing()
@@ -131,6 +133,7 @@ def inputs_status(
     values += [
         ('camera skew (ms)', _number(skew_of(stamps) if len(stamps) > 1 else math.nan)),
         ('task from', inputs.prompt.source),
+        ('image take', image_take),
     ]
     return Status('Inputs', *_worst(problems, 'all inputs fresh'), tuple(values))
 

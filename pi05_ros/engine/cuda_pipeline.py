@@ -1,9 +1,10 @@
 """π0.5 on an NVIDIA GPU: three captured stages over static buffers.
 
-A call writes the raw inputs into pinned memory and enqueues, on one stream: one copy to the
-device, four CUDA graphs (preprocess, vision, prefill, denoise), one copy back. Nothing is
-allocated and nothing waits until the end; what depends on the call (prompt length, step count)
-is read on the device or picks one of the graphs that were captured when the pipeline was built.
+A call writes the raw inputs into pinned memory, but for images that are in such memory already,
+and enqueues, on one stream: the copy to the device, four CUDA graphs (preprocess, vision, prefill,
+denoise), one copy back. Nothing is allocated and nothing waits until the end; what depends on the
+call (prompt length, step count) is read on the device or picks one of the graphs captured at the
+time of building.
 """
 
 from __future__ import annotations
@@ -147,6 +148,15 @@ class CudaPipeline(Pipeline):
         total_ms = (time.perf_counter() - start) * 1e3
         times = [*clock.intervals_ms(), total_ms]
         return InferenceResult(actions, StageTimes(*times))
+
+    def image_buffer(self, num_bytes: int) -> np.ndarray:
+        """Return page-locked memory; an image in it is copied to the device from there.
+
+        Raises:
+            BackendError: the system has no more of it.
+        """
+        with torch.cuda.device(self.device):
+            return self._inputs.image_buffer(num_bytes)
 
     @torch.inference_mode()
     def trace(

@@ -104,6 +104,13 @@ class Pipeline(ABC):
             BackendError: an argument does not fit ``shape``; nothing ran.
         """
 
+    def image_buffer(self, num_bytes: int) -> np.ndarray:
+        """Return memory from which :meth:`infer` reads images fastest: (num_bytes,) uint8.
+
+        It may hold more than the image, which has to be whole rows without padding in it.
+        """
+        return np.empty(num_bytes, dtype=np.uint8)
+
     @abstractmethod
     def close(self) -> None:
         """Free the device memory. The pipeline cannot be used afterwards."""

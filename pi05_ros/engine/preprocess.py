@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -11,14 +12,55 @@ from pi05_ros.model.config import Pi05Config
 
 from .kernels.resize import make_tables
 from .ops import Ops
-from .pipeline import PipelineShape
+from .pipeline import BackendError, PipelineShape
 from .vision import VisionStage
 
 _ALIGNMENT_BYTES = 256
 
 
+class PinnedMemory:
+    """Memory that was lent to whoever receives images, page-locked on a GPU.
+
+    The borrower's array keeps it alive; when that is gone, it is forgotten here, too.
+    """
+
+    def __init__(self, is_pinned: bool) -> None:
+        self._is_pinned = is_pinned
+        self._lent: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
+
+    def lend(self, num_bytes: int) -> np.ndarray:
+        """Return (num_bytes,) uint8.
+
+        Raises:
+            BackendError: no more memory can be page-locked.
+        """
+        try:
+            tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+        except RuntimeError as error:
+            raise BackendError(
+                f'{num_bytes} bytes of host memory cannot be page-locked for an image: {error}'
+            ) from error
+        memory = tensor.numpy()
+        self._lent[memory.ctypes.data] = memory
+        return memory
+
+    def find(self, image: np.ndarray) -> torch.Tensor | None:
+        """Return the (bytes,) uint8 of an image that lies in lent memory, packed; else None."""
+        if not image.flags.c_contiguous or image.dtype != np.uint8:
+            return None
+        address = image.ctypes.data
+        for start, memory in self._lent.items():
+            if start <= address and address + image.nbytes <= start + memory.nbytes:
+                first = address - start
+                return torch.from_numpy(memory[first : first + image.nbytes])
+        return None
+
+
 class InputBuffers:
     """Raw images, tokens, lengths and noise behind each other, copied to the device at once.
+
+    Images in memory from :meth:`image_buffer` are left out of the host's buffer and copied to the
+    device from where they are.
 
     Attributes (on the device):
         images: (bytes of all views,) uint8. tokens: (max_prompt_tokens,) int32.
@@ -27,6 +69,7 @@ class InputBuffers:
 
     def __init__(self, config: Pi05Config, shape: PipelineShape, device: torch.device) -> None:
         self._sizes = [height * width * 3 for height, width in shape.view_sizes_px]
+        self._memory = PinnedMemory(is_pinned=device.type == 'cuda')
         parts = {
             'noise': (torch.float32, (shape.horizon, config.action_dim)),
             'lengths': (torch.int32, (2,)),
@@ -49,6 +92,17 @@ class InputBuffers:
         self.images, self.tokens = views['images', False], views['tokens', False]
         self.lengths, self.noise = views['lengths', False], views['noise', False]
         self._host_views = {name: views[name, True].numpy() for name in parts}
+        self._images_start = starts['images']
+        # What upload() copies: first byte on the device, and from where.
+        self._copies = [(0, self._host)]
+
+    def image_buffer(self, num_bytes: int) -> np.ndarray:
+        """Return (num_bytes,) uint8 from which images need not be written.
+
+        Raises:
+            BackendError: no more memory can be page-locked.
+        """
+        return self._memory.lend(num_bytes)
 
     def write(
         self,
@@ -57,18 +111,40 @@ class InputBuffers:
         noise: np.ndarray,
         num_image_rows: int,
     ) -> None:
-        """Copy one call's inputs into the pinned buffer."""
-        host, start = self._host_views, 0
-        for image, size in zip(images, self._sizes, strict=True):
-            host['images'][start : start + size].reshape(image.shape)[...] = image
-            start += size
+        """Copy one call's inputs into the pinned buffer, but for images in pinned memory.
+
+        Those have to stay as they are until the device has them.
+        """
+        host = self._host_views
+        self._place_images(images)
         host['tokens'][: len(tokens)] = tokens
         host['lengths'][:] = len(tokens), num_image_rows + len(tokens)
         host['noise'][...] = noise
 
     def upload(self) -> None:
-        """Enqueue the copy to the device on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+        """Enqueue the copies to the device on the current stream."""
+        for start, source in self._copies:
+            self._device[start : start + len(source)].copy_(source, non_blocking=True)
+
+    def _place_images(self, images: Sequence[np.ndarray]) -> None:
+        """Write what is not in pinned memory; list the copies, in as few pieces as possible."""
+        copies: list[tuple[int, torch.Tensor]] = []
+        written, end = 0, self._images_start  # what lies between comes from the host's buffer
+        for image, size in zip(images, self._sizes, strict=True):
+            start, end = end, end + size
+            pinned = self._memory.find(image)
+            if pinned is None:
+                first = start - self._images_start
+                target = self._host_views['images'][first : first + size]
+                target.reshape(image.shape)[...] = image
+                continue
+            if written < start:
+                copies.append((written, self._host[written:start]))
+            copies.append((start, pinned))
+            written = end
+        if written < end:
+            copies.append((written, self._host[written:end]))
+        self._copies = copies
 
     def fill_with_longest(self, num_image_rows: int) -> None:
         """Put a call of the longest prompt on the device, for captures."""

@@ -147,6 +147,10 @@ class Policy:
         fast = cast('CudaPipeline', self.pipeline)  # the only pipeline beside the oracle's
         return check_pipeline(fast, self.checkpoint, *inputs, min_cosine)
 
+    def image_buffer(self, num_bytes: int) -> np.ndarray:
+        """Return memory for a message with an image; see :meth:`Pipeline.image_buffer`."""
+        return self.pipeline.image_buffer(num_bytes)
+
     def close(self) -> None:
         """Free the device memory; the policy cannot act afterwards."""
         self.pipeline.close()

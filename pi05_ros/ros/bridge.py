@@ -40,7 +40,7 @@ def find_converter() -> Converter:
         return Converter('not installed' if absent else f'cannot be imported: {error}', None)
     bridge = cv_bridge.CvBridge()
 
-    def decode(raw: bytes) -> np.ndarray:
+    def decode(raw: bytes | memoryview) -> np.ndarray:
         message = deserialize_message(bytes(raw), Image)
         try:
             return np.asarray(bridge.imgmsg_to_cv2(message, desired_encoding='rgb8'))

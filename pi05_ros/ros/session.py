@@ -26,8 +26,10 @@ from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import RobotSpec
 from pi05_ros.policy.types import ActionChunk, Observation
 
+from .direct_take import DirectTakeError
 from .outputs import ActionOutput, Provenance
 from .subscriptions import InputSubscriptions
+from .take_check import checked_rcl
 from .timing import TimingOutput
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class Session:
         self._watchdog: Watchdog | None = None
         self._inputs = Inputs(robot, settings, foreign_decoder)
         self._feeds = InputSubscriptions(node, self._inputs.topics, self._inputs.push)
+        self._image_take = status.UNKNOWN
 
     def open(self, load_policy: LoadPolicy, report: Callable[[str], None]) -> None:
         """Wait for the inputs, load the policy for their sizes, warm it up, make the outputs.
@@ -96,6 +99,7 @@ class Session:
         observation = self._first_observation(report)
         report('loading the model')
         self._policy = policy = load_policy(settings, self._inputs.fix_sizes())
+        self._take_directly(policy)
         report('checking every stage against the oracle')
         node.get_logger().info(self_check(policy, observation, settings))
         report('warming up')
@@ -207,7 +211,9 @@ class Session:
         feeds = self._feeds.by_name.items()
         lost = {name: feed.lost for name, feed in feeds}
         faults = {name: feed.qos_fault for name, feed in feeds if feed.qos_fault}
-        of_inputs = status.inputs_status(inputs, settings, now_ns, lost, faults)
+        of_inputs = status.inputs_status(
+            inputs, settings, now_ns, lost, faults, self._describe_take()
+        )
         if self.running is None:
             return [of_inputs, *map(status.not_configured, status.MODEL_PARTS)]
         info, core = self.running.policy.info, self.running.core
@@ -248,6 +254,27 @@ class Session:
         # clock stands still while the tick runs.
         self._running().timing.publish(chunk, tick_ms, sensor_to_action_ms)
         self.statistics.record(chunk, tick_ms, sensor_to_action_ms)
+
+    def _take_directly(self, policy: Policy) -> None:
+        """Have images written into the policy's memory, if that works with the ROS 2 here."""
+        if not self._feeds.has_raw_images():
+            self._image_take = 'rclpy: no camera sends raw images'
+            return
+        try:
+            rcl = checked_rcl(self._node)
+        except DirectTakeError as fault:
+            self._image_take = f'rclpy: {fault}'
+            self._node.get_logger().warning(
+                f'images are taken through rclpy, which costs two more copies: {fault}'
+            )
+            return
+        self._feeds.take_directly(rcl, policy.image_buffer)
+        self._image_take = 'direct'
+
+    def _describe_take(self) -> str:
+        if self._feeds.is_delivered():
+            return 'rclpy: the executor takes them, and does not heed callback groups'
+        return self._image_take
 
     def _first_observation(self, report: Callable[[str], None]) -> Observation:
         """Wait for one usable message of every sensor: it tells the image sizes.

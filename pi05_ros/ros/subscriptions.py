@@ -32,24 +32,23 @@ from std_msgs.msg import String
 
 from pi05_ros.control.topics import InputTopic
 
+from .direct_take import SLACK_BYTES, Allocate, DirectTake, Rcl, RclpyTake, Taken
+
+IMAGE_TYPE = 'sensor_msgs/msg/Image'
 MESSAGE_TYPES: dict[str, type] = {
-    'sensor_msgs/msg/Image': Image,
+    IMAGE_TYPE: Image,
     'sensor_msgs/msg/CompressedImage': CompressedImage,
     'sensor_msgs/msg/JointState': JointState,
     'geometry_msgs/msg/PoseStamped': PoseStamped,
     'std_msgs/msg/String': String,
 }
-# Raw CDR, and the middleware's message info.
-Taken = tuple[bytes, Mapping[str, Any]]
-# A sender that is faster than this loop must not hold up the tick.
-MAX_TAKES = 16
 
 
 class Push(Protocol):
     """Where a message goes: :meth:`pi05_ros.control.inputs.Inputs.push`."""
 
     def __call__(
-        self, name: str, raw: bytes, receive_ns: int, sequence: int | None = None
+        self, name: str, raw: bytes | memoryview, receive_ns: int, sequence: int | None = None
     ) -> None:
         """Take one raw message."""
 
@@ -74,12 +73,16 @@ class PolledSubscription:
 
     Attributes:
         lost: messages that the middleware lost on the way; None where it cannot tell.
+        was_delivered: the newest message came through the executor and was not taken here.
     """
 
     def __init__(self, node: Node, topic: InputTopic, group: CallbackGroup) -> None:
         self.topic = topic
         self.lost: int | None = 0
+        self.was_delivered = False
         self._node = node
+        self._take: RclpyTake | DirectTake = RclpyTake()
+        self._message_bytes = 0
         self._delivered: Taken | None = None
         self._deliveries = 0
         self._mismatched = False
@@ -115,15 +118,21 @@ class PolledSubscription:
 
     def poll(self) -> Taken | None:
         """Take the newest message (raw CDR and the middleware's message info), if one came."""
-        newest, self._delivered = self._delivered, None
-        subscription = self._subscription
-        with subscription.handle:
-            for _ in range(MAX_TAKES):
-                taken = subscription.handle.take_message(subscription.msg_type, True)
-                if taken is None:
-                    break
-                newest = taken
+        delivered, self._delivered = self._delivered, None
+        taken = self._take.newest(self._subscription)
+        newest = taken or delivered
+        if newest is not None:
+            self.was_delivered = taken is None
+            self._message_bytes = len(newest[0])
         return newest
+
+    def take_directly(self, rcl: Rcl, allocate: Allocate) -> None:
+        """Take from now on into two buffers of the size of the newest message."""
+        self._take = DirectTake(rcl, allocate, self._message_bytes + SLACK_BYTES)
+
+    def take_through_rclpy(self) -> None:
+        """Take into new memory, and let go of buffers: an executor may hold on to this object."""
+        self._take = RclpyTake()
 
     def sequence_of(self, info: Mapping[str, Any]) -> int | None:
         """Return a count of the publisher's messages that goes on when the publisher changes."""
@@ -139,6 +148,7 @@ class PolledSubscription:
 
     def destroy(self) -> None:
         """Unsubscribe."""
+        self.take_through_rclpy()
         for event in self._events:
             self._node.remove_waitable(event)
             event.destroy()
@@ -183,7 +193,11 @@ class PolledSubscription:
 
 
 class InputSubscriptions:
-    """All inputs of the robot: what :meth:`poll` takes goes into ``push`` at once."""
+    """All inputs of the robot: what :meth:`poll` takes goes into ``push`` at once.
+
+    An image that was taken directly (:meth:`take_directly`) is a view into a buffer that the next
+    but one is written into, see :class:`.direct_take.DirectTake`. All else is immutable.
+    """
 
     def __init__(self, node: Node, topics: tuple[InputTopic, ...], push: Push) -> None:
         self._node = node
@@ -199,12 +213,37 @@ class InputSubscriptions:
 
     def poll(self) -> None:
         """Push the newest message of every input that has a new one."""
+        clock = self._node.get_clock()
+        now_ns, wall_ns = clock.now().nanoseconds, time.time_ns()
+        if isinstance(clock, ROSClock) and clock.ros_time_is_active:
+            wall_ns = 0
         for name, subscription in self.by_name.items():
             taken = subscription.poll()
             if taken is not None:
                 raw, info = taken
                 sequence = subscription.sequence_of(info)
-                self._push(name, raw, self._receive_ns(info), sequence)
+                self._push(name, raw, _receive_ns(info, now_ns, wall_ns), sequence)
+
+    def take_through_rclpy(self) -> None:
+        """Take images as everything else again, and free the buffers."""
+        for subscription in self._raw_images():
+            subscription.take_through_rclpy()
+
+    def take_directly(self, rcl: Rcl, allocate: Allocate) -> None:
+        """Take images from now on straight into memory from ``allocate``.
+
+        Only uncompressed ones: what is small is not worth it, and is read by other threads, too.
+        """
+        for subscription in self._raw_images():
+            subscription.take_directly(rcl, allocate)
+
+    def has_raw_images(self) -> bool:
+        """Tell whether there is anything to take directly."""
+        return bool(self._raw_images())
+
+    def is_delivered(self) -> bool:
+        """Tell whether the executor serves the images in spite of their callback group."""
+        return any(subscription.was_delivered for subscription in self._raw_images())
 
     def wait(
         self,
@@ -237,19 +276,28 @@ class InputSubscriptions:
             subscription.destroy()
         self.by_name.clear()
 
-    def _receive_ns(self, info: Mapping[str, Any]) -> int:
-        """Return when the message arrived, on the ROS clock.
+    def _raw_images(self) -> list[PolledSubscription]:
+        return [
+            subscription
+            for subscription in self.by_name.values()
+            if subscription.topic.type_name == IMAGE_TYPE
+        ]
 
-        The middleware notes it in wall time; it is carried over to the ROS clock by how long ago
-        it was. A simulated clock has no such relation, there it is the time of the poll.
-        """
-        clock = self._node.get_clock()
-        now_ns = clock.now().nanoseconds
-        received_ns = info.get('received_timestamp') or 0
-        is_simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
-        if received_ns == 0 or is_simulated:
-            return now_ns
-        return now_ns - max(0, time.time_ns() - received_ns)
+
+def _receive_ns(info: Mapping[str, Any], now_ns: int, wall_ns: int) -> int:
+    """Return when the message arrived, on the ROS clock.
+
+    The middleware notes it in wall time; it is carried over to the ROS clock by how long ago
+    it was. A simulated clock has no such relation, there it is the time of the poll.
+
+    Args:
+        now_ns: time of the poll on the ROS clock.
+        wall_ns: the same in wall time; 0 where the ROS clock is simulated.
+    """
+    received_ns = info.get('received_timestamp') or 0
+    if received_ns == 0 or wall_ns == 0:
+        return now_ns
+    return now_ns - max(0, wall_ns - received_ns)
 
 
 def input_qos(topic: InputTopic) -> QoSProfile:

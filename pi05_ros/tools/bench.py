@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pi05_ros import __version__
+from pi05_ros.control.images import NATIVE_ENCODINGS
 from pi05_ros.engine.build import BACKENDS, build_pipeline, choose_backend
 from pi05_ros.engine.eager import EagerPipeline
 from pi05_ros.engine.pipeline import BackendError, Pipeline, PipelineShape
@@ -29,7 +30,7 @@ from . import measure
 from .measure import Inputs, LinearModel, Timing
 from .random_weights import random_state
 from .roofline import Ceilings, stage_floors_ms
-from .terminal import make_console
+from .terminal import make_console, positive
 
 SWEEP_STEPS = (1, 2, 3, 5, 10)
 _ORACLE_CALLS = 10
@@ -135,6 +136,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--device', default='auto', help='default: auto')
     parser.add_argument('--no-oracle', action='store_true', help='leave the slow oracle out')
     parser.add_argument('--no-sweep', action='store_true', help='leave the sweep over steps out')
+    parser.add_argument('--inputs', action='store_true', help='instead, the way from ROS to here')
+    parser.add_argument('--duration-s', type=positive, default=30.0, metavar='S',
+                        help='of --inputs (30)')  # fmt: skip
+    parser.add_argument('--rate-hz', type=positive, default=30.0, metavar='HZ',
+                        help='of cameras and ticks with --inputs (30)')  # fmt: skip
+    parser.add_argument('--encoding', default='rgb8', choices=sorted(NATIVE_ENCODINGS),
+                        help='of images with --inputs (rgb8)')  # fmt: skip
     parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='write a bar chart')
     parser.set_defaults(run=run)
@@ -142,6 +150,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; return the exit status."""
+    if args.inputs:
+        from .bench_inputs import run as run_inputs  # needs rclpy
+
+        return run_inputs(args)
     from .bench_report import print_report, save_plot
 
     report = Bench(args).run()

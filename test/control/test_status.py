@@ -74,7 +74,7 @@ def test_lifecycle_levels(view, level, message):
 def test_inputs_text():
     rig, _ = acting_rig()
     assert_text(
-        status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}),
+        status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'direct'),
         """
         [OK] Inputs: all inputs fresh
           base age (ms): 10.0
@@ -92,14 +92,15 @@ def test_inputs_text():
           joint_states lost: n/a
           camera skew (ms): 0.0
           task from: parameter
+          image take: direct
         """,
     )
 
 
 def test_inputs_have_the_same_keys_before_anything_came():
     rig, _ = acting_rig()
-    full = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
-    empty = status.inputs_status(Rig().inputs, rig.settings, START_NS, {}, {})
+    full = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'direct')
+    empty = status.inputs_status(Rig().inputs, rig.settings, START_NS, {}, {}, 'direct')
     assert [key for key, _ in empty.values] == [key for key, _ in full.values]
     assert empty.level == ERROR
     assert empty.message == (
@@ -115,7 +116,7 @@ def test_inputs_name_everything_that_is_wrong_worst_first():
     rig.tick()
     rig.core.inputs.observation('header')
     found = status.inputs_status(
-        rig.inputs, rig.settings, rig.now_ns, LOST, {'wrist': '/cam offers best_effort'}
+        rig.inputs, rig.settings, rig.now_ns, LOST, {'wrist': '/cam offers best_effort'}, 'direct'
     )
     assert found.level == ERROR
     first, second, third = found.message.split('; ', 2)
@@ -127,7 +128,7 @@ def test_inputs_name_everything_that_is_wrong_worst_first():
 def test_missing_task_is_a_warning():
     rig = Rig(prompt='')
     rig.everything()
-    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'direct')
     assert (found.level, found.message[:7]) == (WARN, 'no task')
 
 

@@ -187,6 +187,60 @@ def test_a_call_allocates_no_device_memory(build):
     assert torch.cuda.memory_stats()['allocation.all.allocated'] == before
 
 
+def in_lent_memory(pipeline, images):
+    """Return the images as they lie in messages in page-locked memory, at no round address."""
+    found = []
+    for image in images:
+        memory = pipeline.image_buffer(image.nbytes + 100)
+        assert torch.from_numpy(memory).is_pinned()
+        memory[61 : 61 + image.nbytes] = image.ravel()
+        payload = memoryview(memory)[: 61 + image.nbytes].toreadonly()
+        found.append(np.ndarray(image.shape, np.uint8, buffer=payload, offset=61))
+    return found
+
+
+@pytest.mark.parametrize('lent', [(0,), (1,), (0, 1)], ids=str)
+def test_images_in_page_locked_memory_give_the_same_bits_without_a_copy(build, lent):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    expected = call(pipeline, inputs)
+    call(pipeline, make_inputs(2, 50, seed=7))
+    before = pipeline._inputs._host_views['images'].copy()
+    pinned = in_lent_memory(pipeline, inputs.images)
+    images = [pinned[i] if i in lent else image for i, image in enumerate(inputs.images)]
+    assert np.array_equal(call(pipeline, replace(inputs, images=images)), expected)
+    after = pipeline._inputs._host_views['images']
+    size = inputs.images[0].nbytes
+    for view in range(2):
+        part = slice(view * size, (view + 1) * size)
+        assert np.array_equal(after[part], before[part]) == (view in lent)
+    assert np.array_equal(call(pipeline, inputs), expected)
+
+
+def test_a_message_that_changes_after_the_call_changes_nothing(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    expected = call(pipeline, inputs)
+    memory = [pipeline.image_buffer(image.nbytes) for image in inputs.images]
+    for buffer, image in zip(memory, inputs.images, strict=True):
+        buffer[:] = image.ravel()
+    pinned = [buffer.reshape(*CAMERA_PX, 3) for buffer in memory]
+    for _ in range(5):
+        assert np.array_equal(call(pipeline, replace(inputs, images=pinned)), expected)
+        for buffer, image in zip(memory, inputs.images, strict=True):
+            buffer[:] = 0
+            buffer[:] = image.ravel()
+
+
+def test_nothing_synchronises_in_a_call_with_page_locked_images(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    pinned = replace(inputs, images=in_lent_memory(pipeline, inputs.images))
+    call(pipeline, pinned)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        call(pipeline, pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
 def test_padded_rows_do_not_change_actions(build):
     """The same prompt through a longer captured prefill than it needs."""
     pipeline, inputs = build(2, 50), make_inputs(2, 50, 20)

@@ -108,6 +108,9 @@ class SmallPolicy:
             times=TIMES,
         )
 
+    def image_buffer(self, num_bytes: int) -> np.ndarray:
+        return np.empty(num_bytes, dtype=np.uint8)
+
     def close(self) -> None:
         self.closed = True
 

@@ -118,5 +118,7 @@ def test_executor_that_calls_callbacks_gives_the_node_the_same_inputs():
         b.until(lambda: policy.seen[-1].state[0] == 0.7)
         b.sensors.cameras['wrist'].value = 9
         b.until(lambda: policy.seen[-1].images['wrist'][0, 0, 0] == 9)
+        how = 'rclpy: the executor takes them, and does not heed callback groups'
+        b.until(lambda: b.observer.values('Inputs').get('image take') == how)
         # The rate counts what came between two ticks, too: more than the 20 Hz of the ticks.
         b.until(lambda: float(b.observer.values('Inputs').get('base rate (Hz)', 'nan')) > 22)
