@@ -135,7 +135,11 @@ def test_actions_go_to_the_chosen_topic_and_timing_beside_them(interface, kind, 
         assert b.observer.chunks == []
         assert timing[-1].vision_ms == 2.0
         assert np.isnan(timing[-1].h2d_ms)
-        assert timing[-1].sensor_to_action_ms > timing[-1].tick_ms > 0.0
+        last = timing[-1]
+        parts_ms = (last.transport_ms, last.wait_ms, last.tick_ms)
+        assert min(parts_ms) > 0.0
+        assert last.sensor_to_action_ms == pytest.approx(sum(parts_ms))
+        assert 0.0 < last.inputs_ms + last.publish_ms < last.tick_ms
         b.until(lambda: b.observer.message('Action') == f'acting on /{topic}')
 
 
