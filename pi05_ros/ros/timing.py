@@ -10,7 +10,7 @@ from rclpy.qos import QoSProfile
 from pi05_ros.msg import StageTiming
 from pi05_ros.policy.types import ActionChunk
 
-from .outputs import time_message
+from .trajectory import time_message
 
 # A tick that is published while a plotter is busy is to be plotted, too.
 TIMING_QOS = QoSProfile(depth=100)
