@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 
 from pi05_ros import __version__
+from pi05_ros.model.checkpoint import open_checkpoint
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import RobotSpec, load_robot
 from pi05_ros.resources import config_dir
@@ -104,8 +105,10 @@ def run(args: argparse.Namespace) -> int:
     It is 1 where something could not be measured, or counts contradict each other.
     """
     console = make_console()
-    os.environ.update(private_network() | profile_environment(args.fastdds_profile))
     robot = load_robot(args.robot)
+    if args.checkpoint:
+        open_checkpoint(args.checkpoint)
+    os.environ.update(private_network() | profile_environment(args.fastdds_profile))
     with children() as group, _work_directory(args) as directory:
         bench = RosBench(args, robot, directory, group, console)
         try:

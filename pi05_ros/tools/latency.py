@@ -17,19 +17,19 @@ from .report import STAGE_LABELS
 
 # In the order in which they pass.
 PARTS = {
-    'transport': "stamp to arrival in the node's middleware",
-    'wait': 'arrival to start of the tick',
-    'inputs': 'take, check and decode the newest messages',
-    'policy': 'tokens, noise, units and limits',
-    'model host': 'inference beside its stages: copies, launches',
-    'model': 'stages of the model; on a GPU by its own events',
+    'transport': "stamp, arrival in the node's middleware",
+    'wait': 'arrival, start of the tick',
+    'inputs': 'take, check, decode the newest messages',
+    'policy': 'tokens, noise, units, limits',
+    'model host': 'inference beside its stages',
+    'model': 'stages of the model (GPU: its events)',
     'publish': 'encode and publish the action',
-    'delivery': "end of publishing to arrival in the subscriber's middleware",
+    'delivery': 'published, arrival at the subscriber',
 }
 SUMS = {
-    'sensor to action': 'stamp to arrival of the action, all of the above',
+    'sensor to action': 'all parts: stamp to arrival of the action',
     'tick to publish': 'start of the tick to end of publishing',
-    'not the model, beyond the wait': 'sensor to action without wait and model stages',
+    'beside model and wait': 'sensor to action without these two',
 }
 PERCENTILES = (50, 95, 99)
 _NS_PER_MS = 1e6
@@ -75,10 +75,10 @@ def decompose(
     rows = [_parts(timing, arrival) for timing, arrival in match(timings, arrivals)]
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in PARTS}
     total = sum(columns.values(), np.zeros(len(rows)))
+    around_tick = columns['transport'] + columns['wait'] + columns['delivery']
     columns['sensor to action'] = total
-    inside = ('inputs', 'policy', 'model host', 'model', 'publish')
-    columns['tick to publish'] = sum((columns[name] for name in inside), np.zeros(len(rows)))
-    columns['not the model, beyond the wait'] = total - columns['wait'] - columns['model']
+    columns['tick to publish'] = total - around_tick
+    columns['beside model and wait'] = total - columns['wait'] - columns['model']
     return columns
 
 

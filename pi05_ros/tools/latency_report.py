@@ -80,12 +80,12 @@ class Window:
 
     def line(self) -> str:
         """Return counts and the figures that matter, as one line."""
-        total, beside = self.spreads['sensor to action'], self.spreads[list(SUMS)[-1]]
+        total, beside = self.spreads['sensor to action'], self.spreads['beside model and wait']
         return (
             f'{self.inputs}, {self.rate_hz:g} Hz for {self.seconds:.1f} s: {self.ticks} ticks, '
             f'{self.actions} actions, {100 * self.skip_share:.2f} % skipped '
             f'({format_counts(self.skips)}); sensor to action {total.p50_ms:.2f} / '
-            f'{total.p99_ms:.2f} ms, not the model and beyond the wait {beside.p50_ms:.2f} / '
+            f'{total.p99_ms:.2f} ms, beside model and wait {beside.p50_ms:.2f} / '
             f'{beside.p99_ms:.2f} ms (p50 / p99)'
         )
 
