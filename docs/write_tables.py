@@ -82,7 +82,7 @@ def parameter_table() -> str:
     specs += [(f'cameras.<camera>.{spec.name}', spec) for spec in CAMERA_PARAMETERS]
     rows = [
         [f'`{name}`', _default(spec), _allowed(spec),
-         'at start' if spec.read_only else 'any time', _escaped(spec.description)]
+         spec.settable, _escaped(spec.description)]
         for name, spec in specs
     ]  # fmt: skip
     return markdown(['parameter', 'default', 'allowed', 'set', 'meaning'], rows)

@@ -62,7 +62,9 @@ class PolicyNode(ManagedNode):
         log = logging.getLogger('pi05_ros')
         log.addHandler(self._log_handler)
         log.setLevel(logging.DEBUG)  # the node's own level decides
-        self._node_parameters = NodeParameters(self, self._change_settings)
+        self._node_parameters = NodeParameters(
+            self, self._change_settings, lambda: self.lifecycle_state in ('activating', 'active')
+        )
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
         self._doctor = DoctorService(self, self._node_parameters, self._statuses)
         # rclpy's types know no service types.

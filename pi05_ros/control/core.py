@@ -43,6 +43,8 @@ class TickResult:
         now_ns: ROS time of the tick.
         gate_ms: host time for gates and decoding.
         act_ms: host time inside the policy.
+        oldest_receive_ns: when the input with the oldest stamp arrived, in ROS time; None for a
+            skipped tick.
         error: the policy broke (rather than refused); it should not be called again.
     """
 
@@ -52,6 +54,7 @@ class TickResult:
     skip: Skip | None
     gate_ms: float
     act_ms: float
+    oldest_receive_ns: int | None = None
     error: Exception | None = None
 
     @property
@@ -60,6 +63,18 @@ class TickResult:
         if self.chunk is None:
             return float('nan')
         return (self.now_ns - self.chunk.stamp_ns) / NS_PER_MS
+
+    @property
+    def wait_ms(self) -> float:
+        """From the arrival of the oldest input to the start of the tick; NaN for a skipped one."""
+        if self.oldest_receive_ns is None:
+            return float('nan')
+        return (self.now_ns - self.oldest_receive_ns) / NS_PER_MS
+
+    @property
+    def transport_ms(self) -> float:
+        """From the stamp of the oldest input to its arrival; NaN for a skipped tick."""
+        return self.observation_age_ms - self.wait_ms
 
 
 @dataclass
@@ -152,7 +167,10 @@ class ControlCore:
             chunk, skip, error = self._act(observation, now_ns)
         done_ns = time.perf_counter_ns()
         gate_ms, act_ms = (gated_ns - began_ns) / 1e6, (done_ns - gated_ns) / 1e6
-        result = TickResult(self._next_tick, now_ns, chunk, skip, gate_ms, act_ms, error)
+        received_ns = None if chunk is None else self._oldest_receive_ns(chunk)
+        result = TickResult(
+            self._next_tick, now_ns, chunk, skip, gate_ms, act_ms, received_ns, error
+        )
         self._record(result)
         return result
 
@@ -181,6 +199,10 @@ class ControlCore:
             or inputs.prompt_skip()
             or inputs.observation(settings.stamp_source)
         )
+
+    def _oldest_receive_ns(self, chunk: ActionChunk) -> int:
+        oldest = min(chunk.stamps_ns, key=lambda name: chunk.stamps_ns[name])
+        return self.inputs.sensors[oldest].receive_ns
 
     def unready(self, now_ns: int) -> Skip | None:
         """Name the first sensor that is missing, unreadable or stale; the task may come later."""

@@ -16,6 +16,9 @@ from pi05_ros.model.errors import Pi05Error
 
 Value = str | int | float | bool
 
+# When a parameter may be set.
+AT_START, INACTIVE, ANY_TIME = 'at start', 'while not active', 'any time'
+
 
 class ParameterError(Pi05Error):
     """A parameter is unknown, of the wrong type, or outside of its range."""
@@ -29,17 +32,22 @@ class ParameterSpec:
         kind: ``string``, ``int``, ``double`` or ``bool``. A double also takes a whole number.
         minimum, maximum: inclusive, for numbers.
         choices: the allowed values of a string; empty means any.
-        read_only: it is read when the node starts; False means that it may change at any time.
+        settable: one of :data:`AT_START`, :data:`INACTIVE` and :data:`ANY_TIME`.
     """
 
     name: str
     kind: str
     default: Value
     description: str
-    read_only: bool = True
+    settable: str = AT_START
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def read_only(self) -> bool:
+        """Tell whether it is read when the node starts, and never again."""
+        return self.settable == AT_START
 
     @property
     def constraints(self) -> str:
@@ -153,7 +161,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'int',
         10,
         'Euler steps of the denoiser; fewer is faster and coarser.',
-        read_only=False,
+        settable=ANY_TIME,
         minimum=1,
         maximum=MAX_STEPS,
     ),
@@ -170,7 +178,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'string',
         '',
         'The task in words. A later message on task_prompt replaces it, and the other way round.',
-        read_only=False,
+        settable=ANY_TIME,
     ),
     ParameterSpec(
         'seed',
@@ -181,7 +189,13 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         maximum=2**62,
     ),
     ParameterSpec(
-        'rate_hz', 'double', 20.0, 'Control ticks per second.', minimum=0.1, maximum=1000.0
+        'rate_hz',
+        'double',
+        20.0,
+        'Control ticks per second.',
+        settable=INACTIVE,
+        minimum=0.1,
+        maximum=1000.0,
     ),
     ParameterSpec(
         'stamp_source',
@@ -195,7 +209,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'double',
         100.0,
         'Oldest image to act on, in ms.',
-        read_only=False,
+        settable=ANY_TIME,
         minimum=1.0,
         maximum=60_000.0,
     ),
@@ -204,7 +218,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'double',
         100.0,
         'Oldest joint state (or pose) to act on, in ms.',
-        read_only=False,
+        settable=ANY_TIME,
         minimum=1.0,
         maximum=60_000.0,
     ),
@@ -213,7 +227,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'double',
         50.0,
         'Largest time between the images of two cameras, in ms.',
-        read_only=False,
+        settable=ANY_TIME,
         minimum=0.0,
         maximum=60_000.0,
     ),
@@ -222,7 +236,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         'double',
         50.0,
         'Tolerated lead of a stamp over the clock of this node, in ms.',
-        read_only=False,
+        settable=ANY_TIME,
         minimum=0.0,
         maximum=60_000.0,
     ),

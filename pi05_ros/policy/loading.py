@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from pi05_ros.engine.build import build_pipeline
 from pi05_ros.engine.pipeline import PipelineShape
-from pi05_ros.model.checkpoint import open_checkpoint
+from pi05_ros.model.checkpoint import Checkpoint, open_checkpoint
 from pi05_ros.model.config import Pi05Config
 
 from .errors import RobotError
@@ -69,6 +71,7 @@ def load_policy(options: PolicyOptions) -> Policy:
         vocab_size=config.vocab_size,
     )
     tokenizer.check_state_dim(robot.state_dim if robot.discrete_state else None)
+    hashing = _start_hashing(checkpoint)
     pipeline = build_pipeline(
         checkpoint,
         pipeline_shape(options, robot, config),
@@ -76,9 +79,22 @@ def load_policy(options: PolicyOptions) -> Policy:
         precision=options.precision,
         device=options.device,
     )
+    hashing.join()
     return Policy(
         checkpoint=checkpoint, robot=robot, stats=stats, tokenizer=tokenizer, pipeline=pipeline
     )
+
+
+def _start_hashing(checkpoint: Checkpoint) -> Thread:
+    """Hash the weights beside loading them: 14 s for the full model on a CPU without SHA units."""
+
+    def hash_weights() -> None:
+        with suppress(OSError):  # whoever asks for the hash meets the error again
+            _ = checkpoint.sha256
+
+    thread = Thread(target=hash_weights, daemon=True)
+    thread.start()
+    return thread
 
 
 def check_fit(robot: RobotSpec, config: Pi05Config) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from builtin_interfaces.msg import Duration, Time
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float64MultiArray
@@ -20,9 +19,10 @@ from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import ActionDim, RobotSpec
 from pi05_ros.policy.types import ActionChunk
 
+from .trajectory import NS_PER_S, TrajectoryEncoder, duration_message, time_message
+
 # A late action must not queue behind a later one.
 ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-NS_PER_S = 1_000_000_000
 
 _POSITION_KINDS = ('joint_position', 'gripper_position')
 _CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
@@ -78,34 +78,6 @@ def _is(dim: ActionDim, kinds: tuple[str, ...]) -> bool:
 
 def _describe(dim: ActionDim) -> str:
     return f'{dim.name} ({dim.kind} [{dim.unit}])'
-
-
-def time_message(stamp_ns: int) -> Time:
-    """Return nanoseconds as a builtin_interfaces/Time."""
-    sec, nanosec = divmod(stamp_ns, NS_PER_S)
-    return Time(sec=sec, nanosec=nanosec)
-
-
-def duration_message(duration_ns: int) -> Duration:
-    """Return nanoseconds as a builtin_interfaces/Duration."""
-    sec, nanosec = divmod(duration_ns, NS_PER_S)
-    return Duration(sec=sec, nanosec=nanosec)
-
-
-def trajectory_message(chunk: ActionChunk, joints: tuple[str, ...]) -> JointTrajectory:
-    """Encode every row, stamped with the oldest observation.
-
-    A joint_trajectory_controller drops the points that lie in the past, which makes up for the
-    time of the inference. Row i is due ``i * step_s`` after the stamp.
-    """
-    message = JointTrajectory(joint_names=list(joints))
-    message.header.stamp = time_message(chunk.stamp_ns)
-    step_ns = round(chunk.step_s * NS_PER_S)
-    message.points = [
-        JointTrajectoryPoint(positions=row.tolist(), time_from_start=duration_message(i * step_ns))
-        for i, row in enumerate(chunk.actions)
-    ]
-    return message
 
 
 def command_message(chunk: ActionChunk) -> Float64MultiArray:
@@ -178,6 +150,7 @@ class ActionOutput:
         self._origin = origin
         self._interface = 'dry_run' if dry_run else interface
         self._joints = tuple(joint for joint in robot.action_joints if joint is not None)
+        self._encoder = TrajectoryEncoder(self._joints)
         kind, topic = {
             'dry_run': (msg.ActionChunk, '~/dry_run/action_chunk'),
             'action_chunk': (msg.ActionChunk, '~/action_chunk'),
@@ -241,9 +214,9 @@ class ActionOutput:
         """Remove the publisher."""
         self._node.destroy_lifecycle_publisher(self._publisher)
 
-    def _encode(self, chunk: ActionChunk) -> JointTrajectory | Float64MultiArray | msg.ActionChunk:
+    def _encode(self, chunk: ActionChunk) -> bytes | Float64MultiArray | msg.ActionChunk:
         if self._interface == 'joint_trajectory':
-            return trajectory_message(chunk, self._joints)
+            return self._encoder.encode(chunk)
         if self._interface == 'forward_command':
             return command_message(chunk)
         return chunk_message(chunk, self._origin, dry_run=self._interface == 'dry_run')

@@ -8,11 +8,13 @@ from rcl_interfaces.msg import (
     FloatingPointRange,
     IntegerRange,
     ParameterDescriptor,
+    SetParametersResult,
 )
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from pi05_ros.control.parameters import (
+    INACTIVE,
     NodeSettings,
     ParameterError,
     ParameterSpec,
@@ -41,11 +43,18 @@ class NodeParameters:
 
     Args:
         on_change: called with the new settings after parameters were set while the node runs.
+        is_active: tells whether the node acts; some parameters cannot be set meanwhile.
     """
 
-    def __init__(self, node: Node, on_change: Callable[[NodeSettings], None]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        on_change: Callable[[NodeSettings], None],
+        is_active: Callable[[], bool],
+    ) -> None:
         self._node = node
         self._on_change = on_change
+        self._is_active = is_active
         self._problems: dict[str, str] = {}
         overrides = self._take_overrides()
         self._cameras = self._camera_names(overrides)
@@ -56,6 +65,7 @@ class NodeParameters:
             self._problems[name] = str(unknown_parameter(name, self._table))
         # A set of a wrong type, out of range or of a read-only parameter is refused by rclpy
         # itself, with the reason, as the descriptors say.
+        node.add_on_set_parameters_callback(self._check_inactive)
         node.add_post_set_parameters_callback(self._apply)
 
     def settings(self) -> NodeSettings:
@@ -101,6 +111,15 @@ class NodeParameters:
                 self._problems.setdefault(spec.name, str(error))
         # The override was checked above; rclpy would raise here and end the process.
         self._node.declare_parameter(spec.name, value, descriptor(spec), ignore_override=True)
+
+    def _check_inactive(self, parameters: list[Parameter]) -> SetParametersResult:
+        """Refuse what cannot change between two ticks."""
+        for parameter in parameters:
+            spec = self._table.get(parameter.name)
+            if spec is not None and spec.settable == INACTIVE and self._is_active():
+                reason = f'{spec.name} can be set only while the node is not active; deactivate it'
+                return SetParametersResult(successful=False, reason=reason)
+        return SetParametersResult(successful=True)
 
     def _apply(self, parameters: list[Parameter]) -> None:
         ours = [parameter.name for parameter in parameters if parameter.name in self._table]

@@ -24,13 +24,13 @@ from pi05_ros.control.statistics import TickStatistics
 from pi05_ros.control.watchdog import Watchdog
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import RobotSpec
-from pi05_ros.policy.types import ActionChunk, Observation
+from pi05_ros.policy.types import Observation
 
 from .direct_take import DirectTakeError
 from .outputs import ActionOutput, Provenance
 from .subscriptions import InputSubscriptions
 from .take_check import checked_rcl
-from .timing import TimingOutput
+from .timing import TickTimes, TimingOutput
 
 if TYPE_CHECKING:
     from pi05_ros.policy.policy import Policy
@@ -116,6 +116,10 @@ class Session:
             TimingOutput(node, backend),
             GpuMonitor(policy.info.device),
         )
+        # What was loaded stays until close: a collection that walks it (hundreds of thousands of
+        # objects with PyTorch) would make a tick late.
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         """Free everything, the device memory, too; works on a session that is half open."""
@@ -127,6 +131,7 @@ class Session:
         if self._policy is not None:
             self._policy.close()
         self.running = self._policy = None
+        gc.unfreeze()
         gc.collect()  # models hold reference cycles; their memory is to be free now
 
     def check_ready(self) -> None:
@@ -190,13 +195,23 @@ class Session:
         now_ns = self._node.get_clock().now().nanoseconds
         running.core.advance(now_ns)
         self._feeds.poll()
+        polled_ns = time.perf_counter_ns()
         result = running.core.tick(now_ns)
         if result.chunk is not None:
+            decided_ns = time.perf_counter_ns()
             running.output.publish(result.chunk)
+            done_ns = time.perf_counter_ns()
             if self._watchdog is not None:
                 self._watchdog.feed()
-            tick_ms = (time.perf_counter_ns() - began_ns) / NS_PER_MS
-            self._record(result.chunk, tick_ms, result.observation_age_ms + tick_ms)
+            times = TickTimes(
+                transport_ms=result.transport_ms,
+                wait_ms=result.wait_ms,
+                inputs_ms=(polled_ns - began_ns) / NS_PER_MS + result.gate_ms,
+                publish_ms=(done_ns - decided_ns) / NS_PER_MS,
+                tick_ms=(done_ns - began_ns) / NS_PER_MS,
+            )
+            running.timing.publish(result.chunk, times)
+            self.statistics.record(result.chunk, times.tick_ms, times.sensor_to_action_ms)
         return result
 
     def statuses(self, is_active: bool) -> list[status.Status]:
@@ -248,12 +263,6 @@ class Session:
                 log.info(f'{why}: the robot is commanded to hold its measured position')
         except HoldError as fault:
             log.error(f'{why}: no hold is sent: {fault}')
-
-    def _record(self, chunk: ActionChunk, tick_ms: float, sensor_to_action_ms: float) -> None:
-        # The age is taken at the start of the tick and the host's time added: a simulated ROS
-        # clock stands still while the tick runs.
-        self._running().timing.publish(chunk, tick_ms, sensor_to_action_ms)
-        self.statistics.record(chunk, tick_ms, sensor_to_action_ms)
 
     def _take_directly(self, policy: Policy) -> None:
         """Have images written into the policy's memory, if that works with the ROS 2 here."""

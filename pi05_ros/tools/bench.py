@@ -26,7 +26,7 @@ from pi05_ros.model.names import model_name
 from pi05_ros.model.pi05 import Pi05Model
 from pi05_ros.model.precision import PRECISIONS
 
-from . import measure
+from . import bench_ros, measure
 from .measure import Inputs, LinearModel, Timing
 from .random_weights import random_state
 from .roofline import Ceilings, stage_floors_ms
@@ -115,9 +115,7 @@ def add_parser(subparsers: Any) -> None:
         'roofline floor of this device, start-up, memory and the cost of a prompt change.',
     )
     parser.add_argument('--checkpoint', metavar='DIR', help='default: random weights')
-    parser.add_argument(
-        '--size', choices=('full', 'tiny'), default='full', help='of random weights (full)'
-    )
+    parser.add_argument('--size', choices=('full', 'tiny'), help='of random weights (full)')
     parser.add_argument('--cases', action='store_true', help='the four standard cases')
     for name, default, text in (
         ('views', 2, 'cameras'),
@@ -132,7 +130,7 @@ def add_parser(subparsers: Any) -> None:
         '--image-size', type=_image_size, default=(480, 640), metavar='WxH', help='640x480'
     )
     parser.add_argument('--backend', default='auto', choices=BACKENDS, help='default: auto')
-    parser.add_argument('--precision', default='bfloat16', choices=PRECISIONS, help='bfloat16')
+    parser.add_argument('--precision', choices=PRECISIONS, help='bfloat16')
     parser.add_argument('--device', default='auto', help='default: auto')
     parser.add_argument('--no-oracle', action='store_true', help='leave the slow oracle out')
     parser.add_argument('--no-sweep', action='store_true', help='leave the sweep over steps out')
@@ -145,6 +143,7 @@ def add_parser(subparsers: Any) -> None:
                         help='of images with --inputs (rgb8)')  # fmt: skip
     parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='write a bar chart')
+    bench_ros.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -156,6 +155,10 @@ def run(args: argparse.Namespace) -> int:
         return run_inputs(args)
     from .bench_report import print_report, save_plot
 
+    bench_ros.check_options(args)
+    if args.ros:
+        return bench_ros.run(args)
+    args.size, args.precision = args.size or 'full', args.precision or 'bfloat16'
     report = Bench(args).run()
     print_report(report, make_console())
     if args.json:

@@ -40,6 +40,7 @@ from pi05_ros.ros.subscriptions import InputSubscriptions
 from pi05_ros.ros.take_check import checked_rcl
 from pi05_ros.transport import DEFAULT_PROFILE, profile_environment
 
+from .bench_sensors import JOINT_RATE_HZ
 from .demo import private_network
 from .processes import Children, children
 from .terminal import make_console
@@ -49,7 +50,6 @@ WAYS = ('direct', 'rclpy')
 PARTS = ('take', 'gates, observation', 'into the staging buffer', 'inputs together',
          'guard, encode, publish', 'whole tick')  # fmt: skip
 PERCENTS = (50, 95, 99, 100)
-_JOINT_RATE_HZ = 100.0
 _BLOCK_S = 5.0
 _WARM_UP_TICKS = 30
 _START_TIMEOUT_S = 20.0
@@ -305,9 +305,9 @@ def _start_senders(
     height, width = args.image_size
     command = [
         sys.executable, '-m', 'pi05_ros.tools.bench_sensors',
-        '--cameras', *robot.camera_names, '--joints', *robot.state_joints,
+        '--robot', robot.name, '--cameras', *robot.camera_names, '--transport', 'raw',
         '--width', str(width), '--height', str(height), '--encoding', args.encoding,
-        '--rate-hz', str(args.rate_hz), '--joint-rate-hz', str(_JOINT_RATE_HZ),
+        '--camera-rate-hz', str(args.rate_hz),
     ]  # fmt: skip
     group.start('senders', command, os.environ, log_path)
 
@@ -326,7 +326,7 @@ def _describe(args: argparse.Namespace) -> dict[str, str]:
     height, width = args.image_size
     images = f'{args.views} x {width}x{height} {args.encoding} at {args.rate_hz:g} Hz'
     return {
-        'inputs': f'{images}, {JOINT_STATES} at {_JOINT_RATE_HZ:g} Hz',
+        'inputs': f'{images}, {JOINT_STATES} at {JOINT_RATE_HZ:g} Hz',
         'ticks': f'{args.rate_hz:g} Hz for {args.duration_s:g} s, both ways by turns',
         'staging': 'page-locked' if args.device.startswith('cuda') else 'plain memory (no GPU)',
         'middleware': f'{get_rmw_implementation_identifier()}, profile {DEFAULT_PROFILE}',

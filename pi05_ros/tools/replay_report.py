@@ -57,13 +57,17 @@ def timing_log(replay: Replay) -> TimingLog:
     """Return the stage times of the ticks that acted.
 
     ``sensor_to_action_ms`` is the age of the oldest input at the tick plus what the tick took
-    here, as the clock of a replay stands still meanwhile.
+    here, as the clock of a replay stands still meanwhile. Nothing is published.
     """
     log = TimingLog()
     for result in replay.results:
         if result.chunk is not None:
             tick_ms = result.gate_ms + result.act_ms
             times = result.chunk.times.as_dict() | {
+                'transport_ms': result.transport_ms,
+                'wait_ms': result.wait_ms,
+                'inputs_ms': result.gate_ms,
+                'publish_ms': float('nan'),
                 'tick_ms': tick_ms,
                 'sensor_to_action_ms': result.observation_age_ms + tick_ms,
             }

@@ -24,7 +24,9 @@ STAGE_LABELS = {
     'd2h_ms': 'device to host',
 }
 OTHER = 'other'
-TIMING_FIELDS = (*STAGE_LABELS, 'total_ms', 'tick_ms', 'sensor_to_action_ms')
+# The way from the sensor to the tick, and the tick beside its inference.
+AROUND_FIELDS = ('transport_ms', 'wait_ms', 'inputs_ms', 'publish_ms')
+TIMING_FIELDS = (*STAGE_LABELS, 'total_ms', *AROUND_FIELDS, 'tick_ms', 'sensor_to_action_ms')
 
 
 @dataclass(frozen=True)

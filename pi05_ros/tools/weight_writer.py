@@ -11,10 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -44,8 +42,9 @@ class Distribution:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements ``start`` to ``stop`` of one flattened tensor."""
+    """Elements ``start`` to ``stop`` of one flattened tensor; ``offset``: of all before them."""
 
+    offset: int
     name: str
     start: int
     stop: int
@@ -76,12 +75,19 @@ def write_random_weights(path: Path, config: Pi05Config, dtype: torch.dtype, see
     workers = os.cpu_count() or 1
     pieces = _pieces(shapes, config)
     try:
-        with partial.open('wb') as file, ThreadPoolExecutor(workers) as pool:
+        with partial.open('wb', buffering=0) as file, ThreadPoolExecutor(workers) as pool:
             file.write(header)
-            # A window of pieces at a time: what is drawn but not yet written stays small.
-            while window := list(islice(pieces, 2 * workers)):
-                for values in pool.map(lambda piece: _draw(piece, dtype, seed), window):
-                    file.write(values.view(torch.uint8).numpy().data)
+
+            def write(piece: _Piece) -> None:
+                start = len(header) + piece.offset * dtype.itemsize
+                _write_at(file.fileno(), start, _draw(piece, dtype, seed))
+
+            try:
+                for _ in pool.map(write, pieces):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -130,12 +136,16 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -
     return len(text).to_bytes(8, 'little') + text
 
 
-def _pieces(shapes: dict[str, tuple[int, ...]], config: Pi05Config) -> Iterator[_Piece]:
+def _pieces(shapes: dict[str, tuple[int, ...]], config: Pi05Config) -> list[_Piece]:
+    pieces, offset = [], 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         distribution = distribution_of(name, shape, config)
         for start in range(0, size, _PIECE_ELEMENTS):
-            yield _Piece(name, start, min(size, start + _PIECE_ELEMENTS), size, distribution)
+            stop = min(size, start + _PIECE_ELEMENTS)
+            pieces.append(_Piece(offset + start, name, start, stop, size, distribution))
+        offset += size
+    return pieces
 
 
 def _draw(piece: _Piece, dtype: torch.dtype, seed: int) -> Tensor:
@@ -148,3 +158,11 @@ def _draw(piece: _Piece, dtype: torch.dtype, seed: int) -> Tensor:
     if piece.distribution.gate_mean is not None:
         values[max(0, 2 * piece.size // 3 - piece.start) :] += piece.distribution.gate_mean
     return values.to(dtype)
+
+
+def _write_at(descriptor: int, start: int, values: Tensor) -> None:
+    """Write the bytes of a tensor into an open file, from byte ``start`` on."""
+    left = values.view(torch.uint8).numpy().data
+    while left:
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written

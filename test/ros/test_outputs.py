@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Duration
 from helpers import TIMES, SmallPolicy, bench
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from rclpy.serialization import deserialize_message
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
@@ -19,10 +25,8 @@ from pi05_ros.ros.outputs import (
     check_carries,
     chunk_message,
     command_message,
-    duration_message,
-    time_message,
-    trajectory_message,
 )
+from pi05_ros.ros.trajectory import TrajectoryEncoder, duration_message, time_message
 
 pytestmark = pytest.mark.ros
 
@@ -43,7 +47,7 @@ ORIGIN = Provenance('ab' * 32, 'eager', 'float32', ('rad', 'm'))
 
 
 def test_trajectory_is_stamped_with_the_oldest_observation_and_steps_on_from_it():
-    message = trajectory_message(CHUNK, ('joint_a', 'joint_b'))
+    message = decoded(TrajectoryEncoder(('joint_a', 'joint_b')).encode(CHUNK))
     assert message.header.stamp == time_message(STAMP_NS)
     assert list(message.joint_names) == ['joint_a', 'joint_b']
     assert [list(point.positions) for point in message.points] == CHUNK.actions.tolist()
@@ -52,6 +56,30 @@ def test_trajectory_is_stamped_with_the_oldest_observation_and_steps_on_from_it(
         Duration(sec=0, nanosec=50_000_000),
         Duration(sec=0, nanosec=100_000_000),
     ]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_later_trajectory_has_nothing_of_the_one_before(data):
+    """Rows of odd numbers of joints lie differently in the message."""
+    names = data.draw(st.lists(st.text('abc_', min_size=1), min_size=1, max_size=8), label='names')
+    encoder = TrajectoryEncoder(tuple(names))
+    number = st.floats(width=32, allow_nan=False)
+    for _ in range(3):
+        shape = (data.draw(st.integers(1, 4), label='rows'), len(names))
+        chunk = replace(
+            CHUNK,
+            actions=data.draw(arrays(np.float32, shape, elements=number)),
+            stamp_ns=data.draw(st.integers(1, 2**31 * 10**9 - 1), label='stamp'),
+        )
+        message = decoded(encoder.encode(chunk))
+        assert message.header.stamp == time_message(chunk.stamp_ns)
+        assert message.joint_names == names
+        assert [list(point.positions) for point in message.points] == chunk.actions.tolist()
+
+
+def decoded(raw: bytes) -> JointTrajectory:
+    return deserialize_message(raw, JointTrajectory)
 
 
 def test_command_is_the_first_row():
@@ -135,7 +163,11 @@ def test_actions_go_to_the_chosen_topic_and_timing_beside_them(interface, kind, 
         assert b.observer.chunks == []
         assert timing[-1].vision_ms == 2.0
         assert np.isnan(timing[-1].h2d_ms)
-        assert timing[-1].sensor_to_action_ms > timing[-1].tick_ms > 0.0
+        last = timing[-1]
+        parts_ms = (last.transport_ms, last.wait_ms, last.tick_ms)
+        assert min(parts_ms) > 0.0
+        assert last.sensor_to_action_ms == pytest.approx(sum(parts_ms))
+        assert 0.0 < last.inputs_ms + last.publish_ms < last.tick_ms
         b.until(lambda: b.observer.message('Action') == f'acting on /{topic}')
 
 

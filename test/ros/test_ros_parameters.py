@@ -26,7 +26,8 @@ class Holder:
             cli_args=['--ros-args', *arguments],
         )
         self.changes: list[NodeSettings] = []
-        self.parameters = NodeParameters(self.node, self.changes.append)
+        self.is_active = False
+        self.parameters = NodeParameters(self.node, self.changes.append, lambda: self.is_active)
 
     def set(self, name: str, value: object) -> tuple[bool, str]:
         (result,) = self.node.set_parameters([Parameter(name, value=value)])
@@ -97,10 +98,22 @@ def test_changes_while_running_are_checked_and_handed_on():
     assert holder.changes[-1].max_skew_ms == 12.0
 
 
+def test_the_rate_changes_only_while_the_node_is_not_active():
+    holder = Holder()
+    assert holder.set('rate_hz', 30.0) == (True, '')
+    holder.is_active = True
+    done, why = holder.set('rate_hz', 40.0)
+    assert not done
+    assert why == 'rate_hz can be set only while the node is not active; deactivate it'
+    assert holder.set('max_skew_ms', 12.0) == (True, '')
+    assert holder.parameters.settings().rate_hz == 30.0
+
+
 @pytest.mark.parametrize(
     ('name', 'value', 'reason'),
     [
-        ('rate_hz', 30.0, 'read-only'),
+        ('seed', 3, 'read-only'),
+        ('rate_hz', 0.0, 'rate_hz out of range Min: 0.1, Max: 1000.0'),
         ('checkpoint', '/elsewhere', 'read-only'),
         ('dry_run', False, 'read-only'),
         ('num_steps', 0, 'num_steps out of range. Min: 1, Max: 10'),

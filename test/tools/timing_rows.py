@@ -14,6 +14,10 @@ TIMES_MS = {
     'denoise_ms': 30.0,
     'd2h_ms': 0.1,
     'total_ms': 100.0,
+    'transport_ms': 4.0,
+    'wait_ms': 15.0,
+    'inputs_ms': 0.3,
+    'publish_ms': 0.5,
     'tick_ms': 101.0,
     'sensor_to_action_ms': 120.0,
 }
