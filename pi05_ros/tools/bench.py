@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from pi05_ros import __version__
-from pi05_ros.control.images import NATIVE_ENCODINGS
 from pi05_ros.engine.build import BACKENDS, build_pipeline, choose_backend
 from pi05_ros.engine.eager import EagerPipeline
-from pi05_ros.engine.pipeline import BackendError, Pipeline, PipelineShape
+from pi05_ros.engine.pipeline import Pipeline, PipelineShape
 from pi05_ros.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.names import model_name
@@ -30,7 +29,7 @@ from . import bench_ros, measure
 from .measure import Inputs, LinearModel, Timing
 from .random_weights import random_state
 from .roofline import Ceilings, stage_floors_ms
-from .terminal import make_console, positive
+from .terminal import image_size, make_console, positive_count
 
 SWEEP_STEPS = (1, 2, 3, 5, 10)
 _ORACLE_CALLS = 10
@@ -123,24 +122,17 @@ def add_parser(subparsers: Any) -> None:
         ('steps', 10, 'Euler steps'),
         ('iterations', 200, 'measured calls per case'),
     ):
-        parser.add_argument(f'--{name}', type=_count, default=default, metavar='N',
+        parser.add_argument(f'--{name}', type=positive_count, default=default, metavar='N',
                             help=f'{text} ({default})')  # fmt: skip
-    parser.add_argument('--horizon', type=_count, metavar='N', help="default: the model's")
+    parser.add_argument('--horizon', type=positive_count, metavar='N', help="default: the model's")
     parser.add_argument(
-        '--image-size', type=_image_size, default=(480, 640), metavar='WxH', help='640x480'
+        '--image-size', type=image_size, default=(480, 640), metavar='WxH', help='640x480'
     )
     parser.add_argument('--backend', default='auto', choices=BACKENDS, help='default: auto')
     parser.add_argument('--precision', choices=PRECISIONS, help='bfloat16')
     parser.add_argument('--device', default='auto', help='default: auto')
     parser.add_argument('--no-oracle', action='store_true', help='leave the slow oracle out')
     parser.add_argument('--no-sweep', action='store_true', help='leave the sweep over steps out')
-    parser.add_argument('--inputs', action='store_true', help='instead, the way from ROS to here')
-    parser.add_argument('--duration-s', type=positive, default=30.0, metavar='S',
-                        help='of --inputs (30)')  # fmt: skip
-    parser.add_argument('--rate-hz', type=positive, default=30.0, metavar='HZ',
-                        help='of cameras and ticks with --inputs (30)')  # fmt: skip
-    parser.add_argument('--encoding', default='rgb8', choices=sorted(NATIVE_ENCODINGS),
-                        help='of images with --inputs (rgb8)')  # fmt: skip
     parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='write a bar chart')
     bench_ros.add_options(parser)
@@ -149,10 +141,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; return the exit status."""
-    if args.inputs:
-        from .bench_inputs import run as run_inputs  # needs rclpy
-
-        return run_inputs(args)
     from .bench_report import print_report, save_plot
 
     bench_ros.check_options(args)
@@ -331,24 +319,3 @@ def _model_of(state: dict[str, torch.Tensor], config: Pi05Config) -> Pi05Model:
     renamed = {model_name(name): tensor for name, tensor in state.items()}
     model.load_state_dict(renamed, strict=True, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive whole number')
-    return value
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT into (height, width)."""
-    try:
-        width, height = (int(part) for part in text.lower().split('x'))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxHEIGHT, e.g. 640x480') from None
-    if min(width, height) < 1:
-        raise BackendError(f'image size {text} must be positive')
-    return height, width

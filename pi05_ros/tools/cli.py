@@ -18,7 +18,7 @@ from pi05_ros import __version__
 from pi05_ros.model.errors import Pi05Error
 
 COMMANDS = (
-    *('ab', 'bench', 'checkpoint', 'demo', 'doctor', 'parity', 'play'),
+    *('ab', 'bench', 'bench-inputs', 'checkpoint', 'demo', 'doctor', 'parity', 'play'),
     *('recompute', 'replay', 'tune'),
 )
 
@@ -36,7 +36,8 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     metavar = '{' + ','.join(COMMANDS) + '}'
     subparsers = parser.add_subparsers(dest='command', metavar=metavar, required=True)
     for name in commands:
-        importlib.import_module(f'pi05_ros.tools.{name}').add_parser(subparsers)
+        module = f'pi05_ros.tools.{name.replace("-", "_")}'
+        importlib.import_module(module).add_parser(subparsers)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""``pi05-ros bench --inputs``: a short run with senders in another process, over real DDS."""
+"""``pi05-ros bench-inputs``: a short run with senders in another process, over real DDS."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from pi05_ros.control.cdr import parse_image
 from pi05_ros.control.images import NATIVE_ENCODINGS, pixels
-from pi05_ros.tools import bench_inputs
-from pi05_ros.tools.bench_inputs import PARTS, WAYS
+from pi05_ros.tools import input_measure
 from pi05_ros.tools.cli import main
+from pi05_ros.tools.input_measure import PARTS, WAYS
 
 pytestmark = pytest.mark.ros
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.ros
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     # The transports of the tests stay, for this process and those that it starts.
-    monkeypatch.setattr(bench_inputs, 'profile_environment', lambda profile: {})
-    monkeypatch.setattr(bench_inputs, '_WARM_UP_TICKS', 3)
+    monkeypatch.setattr(input_measure, 'profile_environment', lambda profile: {})
+    monkeypatch.setattr(input_measure, '_WARM_UP_TICKS', 3)
     return [
-        'bench', '--inputs', '--duration-s', '1', '--image-size', '32x24', '--device', 'cpu',
+        'bench-inputs', '--duration-s', '2', '--image-size', '32x24', '--device', 'cpu',
         '--json', str(tmp_path / 'inputs.json'),
     ]  # fmt: skip
 

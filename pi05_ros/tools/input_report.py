@@ -1,4 +1,4 @@
-"""The result of ``pi05-ros bench --inputs`` as tables."""
+"""The result of ``pi05-ros bench-inputs`` as tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .bench_inputs import PARTS, PERCENTS, WAYS, InputsReport
+from .input_measure import PARTS, PERCENTS, WAYS, InputsReport
 
 _HEADS = {50: 'p50', 95: 'p95', 99: 'p99', 100: 'max'}
 
