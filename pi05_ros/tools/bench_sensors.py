@@ -69,6 +69,7 @@ def make_senders(node: Node, args: argparse.Namespace) -> list[Sender]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Send until the process is ended."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--namespace', required=True)
     parser.add_argument('--cameras', nargs='+', required=True)
     parser.add_argument('--joints', nargs='+', required=True)
     parser.add_argument('--width', type=int, required=True)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--joint-rate-hz', type=float, required=True)
     args = parser.parse_args(arguments)
     rclpy.init()
-    senders = make_senders(rclpy.create_node('bench_sensors'), args)
+    senders = make_senders(rclpy.create_node('bench_sensors', namespace=args.namespace), args)
     while True:
         sender = min(senders, key=lambda sender: sender.due_s)
         time.sleep(max(0.0, sender.due_s - time.monotonic()))
