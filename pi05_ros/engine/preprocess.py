@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from .pipeline import BackendError, PipelineShape
 from .vision import VisionStage
 
 _ALIGNMENT_BYTES = 256
+# Two buffers for each of three cameras make eight; more come only of headers of other lengths.
+_MAX_PLANS = 64
+
+# Where to on the device, and from where.
+Copy = tuple[torch.Tensor, torch.Tensor]
 
 
 class PinnedMemory:
@@ -26,7 +31,7 @@ class PinnedMemory:
 
     def __init__(self, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
-        self._lent: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
+        self._lent: dict[int, ref[np.ndarray]] = {}  # by address
 
     def lend(self, num_bytes: int) -> np.ndarray:
         """Return (num_bytes,) uint8.
@@ -41,18 +46,29 @@ class PinnedMemory:
                 f'{num_bytes} bytes of host memory cannot be page-locked for an image: {error}'
             ) from error
         memory = tensor.numpy()
-        self._lent[memory.ctypes.data] = memory
+        self._lent = {start: lent for start, lent in self._lent.items() if lent() is not None}
+        self._lent[memory.ctypes.data] = ref(memory)
         return memory
 
-    def find(self, image: np.ndarray) -> torch.Tensor | None:
-        """Return the (bytes,) uint8 of an image that lies in lent memory, packed; else None."""
-        if not image.flags.c_contiguous or image.dtype != np.uint8:
-            return None
+    def address_of(self, image: np.ndarray) -> int:
+        """Return where an image begins that lies in lent memory, packed; 0 for any other."""
+        if image.dtype != np.uint8 or not image.flags.c_contiguous:
+            return 0
         address = image.ctypes.data
-        for start, memory in self._lent.items():
-            if start <= address and address + image.nbytes <= start + memory.nbytes:
-                first = address - start
-                return torch.from_numpy(memory[first : first + image.nbytes])
+        return address if self._find(address, image.nbytes) is not None else 0
+
+    def tensor(self, address: int, num_bytes: int) -> torch.Tensor:
+        """Return (num_bytes,) uint8 of lent memory, which it keeps alive."""
+        found = self._find(address, num_bytes)
+        assert found is not None, 'the memory was lent'
+        start, memory = found
+        return torch.from_numpy(memory[address - start : address - start + num_bytes])
+
+    def _find(self, address: int, num_bytes: int) -> tuple[int, np.ndarray] | None:
+        for start, lent in self._lent.items():
+            memory = lent()
+            if memory is not None and start <= address <= start + memory.nbytes - num_bytes:
+                return start, memory
         return None
 
 
@@ -93,8 +109,10 @@ class InputBuffers:
         self.lengths, self.noise = views['lengths', False], views['noise', False]
         self._host_views = {name: views[name, True].numpy() for name in parts}
         self._images_start = starts['images']
-        # What upload() copies: first byte on the device, and from where.
-        self._copies = [(0, self._host)]
+        # By the addresses of the images in pinned memory: what upload() copies, and where to. The
+        # slices of a call would take longer than its copies; there are few, as buffers are.
+        self._plans: dict[tuple[int, ...], list[Copy]] = {}
+        self._copies: list[Copy] = [(self._device, self._host)]
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return (num_bytes,) uint8 from which images need not be written.
@@ -102,6 +120,7 @@ class InputBuffers:
         Raises:
             BackendError: no more memory can be page-locked.
         """
+        self._plans.clear()  # they keep memory alive that nobody may need any more
         return self._memory.lend(num_bytes)
 
     def write(
@@ -123,28 +142,41 @@ class InputBuffers:
 
     def upload(self) -> None:
         """Enqueue the copies to the device on the current stream."""
-        for start, source in self._copies:
-            self._device[start : start + len(source)].copy_(source, non_blocking=True)
+        for target, source in self._copies:
+            target.copy_(source, non_blocking=True)
 
     def _place_images(self, images: Sequence[np.ndarray]) -> None:
-        """Write what is not in pinned memory; list the copies, in as few pieces as possible."""
-        copies: list[tuple[int, torch.Tensor]] = []
-        written, end = 0, self._images_start  # what lies between comes from the host's buffer
+        """Write what is not in pinned memory, and find out what is to be copied from where."""
+        addresses, start = [], 0
         for image, size in zip(images, self._sizes, strict=True):
-            start, end = end, end + size
-            pinned = self._memory.find(image)
-            if pinned is None:
-                first = start - self._images_start
-                target = self._host_views['images'][first : first + size]
+            address = self._memory.address_of(image)
+            addresses.append(address)
+            if not address:
+                target = self._host_views['images'][start : start + size]
                 target.reshape(image.shape)[...] = image
+            start += size
+        key = tuple(addresses)
+        if key not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._plan(key)
+        self._copies = self._plans[key]
+
+    def _plan(self, addresses: Sequence[int]) -> list[Copy]:
+        """Return the fewest copies; what is not at an address comes from the host's buffer."""
+        copies: list[Copy] = []
+        planned, end = 0, self._images_start
+        for address, size in zip(addresses, self._sizes, strict=True):
+            start, end = end, end + size
+            if not address:
                 continue
-            if written < start:
-                copies.append((written, self._host[written:start]))
-            copies.append((start, pinned))
-            written = end
-        if written < end:
-            copies.append((written, self._host[written:end]))
-        self._copies = copies
+            if planned < start:
+                copies.append((self._device[planned:start], self._host[planned:start]))
+            copies.append((self._device[start:end], self._memory.tensor(address, size)))
+            planned = end
+        if planned < end:
+            copies.append((self._device[planned:end], self._host[planned:end]))
+        return copies
 
     def fill_with_longest(self, num_image_rows: int) -> None:
         """Put a call of the longest prompt on the device, for captures."""

@@ -5,8 +5,8 @@ rclpy's raw take has the middleware write into a buffer of rcl's and copies that
 last buffer in the first place. rclpy has no function for this, so rcl's own is called.
 
 The structures below are those of rcutils/types/uint8_array.h, rcutils/allocator.h and rmw/types.h,
-the same in ROS 2 Iron, Jazzy and Kilted. Nothing but :func:`check_direct_take` may be trusted to
-know whether they are those of the ROS 2 that runs: without its consent nobody takes this way.
+the same in ROS 2 Jazzy and Kilted. Whether they are those of the ROS 2 that runs is found out by
+:func:`.take_check.checked_rcl`; without its consent nobody takes this way.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ the node's own work. The two ways to take an image are measured by turns, on the
 from __future__ import annotations
 
 import argparse
+import array
 import os
 import sys
 import tempfile
@@ -75,14 +76,13 @@ class Received:
 
 @dataclass
 class InputsReport:
-    """Times in ms by way and part, one per tick that acted; memory in MiB."""
+    """Times in ms by way and part, of every tick that acted; memory in MiB, now and then."""
 
     subject: dict[str, str]
-    times_ms: dict[str, dict[str, list[float]]]
+    times_ms: dict[str, dict[str, array.array]]
     received: dict[str, Received]
     skipped: dict[str, int] = field(default_factory=dict)
-    start_rss_mib: float = 0.0
-    end_rss_mib: float = 0.0
+    rss_mib: list[float] = field(default_factory=list)
 
     def percentile_ms(self, way: str, part: str, percent: float) -> float:
         """Return a percentile; NaN if no tick acted."""
@@ -203,7 +203,8 @@ def measure(args: argparse.Namespace) -> InputsReport:
     robot = _robot(args.views)
     os.environ.update(private_network() | profile_environment(DEFAULT_PROFILE))
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)  # Ctrl-C is to end this
-    node = LifecycleNode('bench_inputs')
+    # Nobody else's cameras.
+    node = LifecycleNode('bench_inputs', namespace=f'bench_{os.getpid()}')
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     node.trigger_configure()
@@ -211,7 +212,7 @@ def measure(args: argparse.Namespace) -> InputsReport:
     try:
         with tempfile.TemporaryDirectory() as folder, children() as group:
             subject = Subject(node, robot, args)
-            _start_senders(group, robot, args, Path(folder) / 'sensors.log')
+            _start_senders(group, node.get_namespace(), robot, args, Path(folder) / 'sensors.log')
             report = _measure(subject, executor, group, args)
             subject.close()
             return report
@@ -233,14 +234,14 @@ def _measure(
     for count in subject.received.values():
         count.taken, count.first = 0, None
     report = InputsReport(_describe(args), ticker.times_ms, subject.received)
-    report.start_rss_mib = _rss_mib()
+    report.rss_mib.append(_rss_mib())
     lost = {name: subject.feeds.by_name[name].lost for name in subject.received}
     blocks = max(1, round(args.duration_s / (2 * _BLOCK_S)))
     for _ in range(blocks):
         for way in WAYS:
             ticker.run(way, args.duration_s / (2 * blocks))
             group.running[0].check()
-    report.end_rss_mib = _rss_mib()
+        report.rss_mib.append(_rss_mib())
     for name, count in subject.received.items():
         now_lost, before = subject.feeds.by_name[name].lost, lost[name]
         count.lost = None if now_lost is None or before is None else now_lost - before
@@ -271,8 +272,8 @@ class Ticker:
             due_s = max(due_s + self._period_s, time.monotonic())
 
 
-def _no_times() -> dict[str, dict[str, list[float]]]:
-    return {way: {part: [] for part in PARTS} for way in WAYS}
+def _no_times() -> dict[str, dict[str, array.array]]:
+    return {way: {part: array.array('d') for part in PARTS} for way in WAYS}
 
 
 def _robot(views: int) -> RobotSpec:
@@ -284,14 +285,14 @@ def _robot(views: int) -> RobotSpec:
 
 
 def _start_senders(
-    group: Children, robot: RobotSpec, args: argparse.Namespace, log_path: Path
+    group: Children, namespace: str, robot: RobotSpec, args: argparse.Namespace, log_path: Path
 ) -> None:
     height, width = args.image_size
     command = [
         sys.executable, '-m', 'pi05_ros.tools.bench_sensors',
         '--robot', robot.name, '--cameras', *robot.camera_names, '--transport', 'raw',
         '--width', str(width), '--height', str(height), '--encoding', args.encoding,
-        '--camera-rate-hz', str(args.rate_hz),
+        '--camera-rate-hz', str(args.rate_hz), '--prefix', namespace,
     ]  # fmt: skip
     group.start('senders', command, os.environ, log_path)
 

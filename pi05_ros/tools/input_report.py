@@ -17,10 +17,11 @@ def print_inputs_report(report: InputsReport, console: Console) -> None:
         console.print(f'{name:>12}  {value}', highlight=False, markup=False)
     console.print(_times_table(report))
     console.print(_messages_table(report))
-    growth = report.end_rss_mib - report.start_rss_mib
+    rss_mib = report.rss_mib
+    first, half, last = rss_mib[0], rss_mib[len(rss_mib) // 2], rss_mib[-1]
     console.print(
-        f'memory of this process {report.start_rss_mib:.1f} MiB at the start, '
-        f'{report.end_rss_mib:.1f} at the end ({growth:+.1f})',
+        f'memory of this process {first:.1f} MiB at the start, {half:.1f} at half time, '
+        f'{last:.1f} at the end',
         highlight=False,
     )
     skipped = ', '.join(f'{why}={count}' for why, count in report.skipped.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -101,16 +102,18 @@ def test_an_image_with_row_padding_or_other_order_goes_through_the_hosts_buffer(
     assert len(buffers._copies) == 1
 
 
-def test_memory_is_lent_for_as_long_as_somebody_has_it(buffers, images):
+def test_memory_is_given_back_with_the_next_that_is_lent(buffers, images):
     image = lend(buffers, images[0])
+    owner = weakref.ref(next(iter(buffers._memory._lent.values()))())
     gc.collect()
-    assert len(buffers._memory._lent) == 1
     send(buffers, [image, *images[1:]])
     assert not staged(buffers)[: image.nbytes].any()
-    buffers._copies = []
     del image
+    send(buffers, images)
+    other = buffers.image_buffer(100)
     gc.collect()
-    assert len(buffers._memory._lent) == 0
+    assert owner() is None
+    assert list(buffers._memory._lent) == [other.ctypes.data]
 
 
 def test_an_image_that_only_overlaps_lent_memory_is_not_taken_from_it(buffers, images):
@@ -118,7 +121,19 @@ def test_an_image_that_only_overlaps_lent_memory_is_not_taken_from_it(buffers, i
     inside = memory[:72].reshape(4, 6, 3)
     inside[...] = images[0]
     outside = np.ndarray((3, 5, 3), np.uint8, buffer=np.arange(45, dtype=np.uint8))
-    found = buffers._memory.find
-    assert found(inside) is not None
-    assert found(outside) is None
-    assert found(memory.view(np.int16)) is None
+    address_of = buffers._memory.address_of
+    assert address_of(inside) == memory.ctypes.data
+    assert address_of(outside) == 0
+    assert address_of(memory.view(np.int16)) == 0
+    beyond = np.lib.stride_tricks.as_strided(memory, (201,))  # never read
+    assert address_of(beyond) == 0
+
+
+def test_headers_of_ever_other_lengths_do_not_pile_up(buffers, images):
+    memory = buffers.image_buffer(1000)
+    for first in range(200):
+        image = memory[first : first + 72].reshape(4, 6, 3)
+        image[...] = images[0]
+        send(buffers, [image, *images[1:]])
+        assert_arrived(buffers, images)
+    assert len(buffers._plans) <= 64
