@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile
@@ -58,7 +58,7 @@ class TimingOutput:
             tick=chunk.tick,
             backend=self._backend,
             sensor_to_action_ms=times.sensor_to_action_ms,
-            **asdict(times),
+            **vars(times),
             **chunk.times.as_dict(),
         )
         message.header.stamp = time_message(chunk.stamp_ns)

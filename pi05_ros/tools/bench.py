@@ -109,9 +109,12 @@ def add_parser(subparsers: Any) -> None:
     """Add ``bench`` to the command line."""
     parser = subparsers.add_parser(
         'bench',
-        help='measure a backend stage by stage, against the oracle and the roofline',
+        help='measure a backend stage by stage, against the oracle and the roofline; with --ros '
+        'the running node from camera to action',
         description='Measure latency per stage with percentiles, the oracle beside it, the '
-        'roofline floor of this device, start-up, memory and the cost of a prompt change.',
+        'roofline floor of this device, start-up, memory and the cost of a prompt change. With '
+        '--ros: publish camera images from one process, run the node in another, receive its '
+        'actions here, and say where the time between went.',
     )
     parser.add_argument('--checkpoint', metavar='DIR', help='default: random weights')
     parser.add_argument('--size', choices=('full', 'tiny'), help='of random weights (full)')

@@ -28,7 +28,7 @@ from pi05_ros.resources import config_dir
 from pi05_ros.transport import DEFAULT_PROFILE, profile_environment
 
 from .demo import CPU_RATE_HZ, private_network
-from .processes import Child, children
+from .processes import children
 from .terminal import make_console, positive
 
 PREFIX = '/pi05_bench'
@@ -159,7 +159,7 @@ class RosBench:
                 except Pi05Error as error:
                     self.failures.append(Failure(str(inputs), str(error)))
                     self._say(f'{inputs}: {error}')
-                    self._say(self._tail())
+                    self._say_tail()
                     self._write()
                 finally:
                     self._group.stop()
@@ -296,7 +296,8 @@ class RosBench:
             'middleware': f'{monitor.value("Lifecycle", "RMW")}, {self.args.fastdds_profile}',
             'action': self.args.action_interface,
         }
-        self._say(', '.join(self.subject.values()))
+        if not self.windows:
+            self._say(', '.join(self.subject.values()))
 
     def _write(self) -> None:
         from .latency_report import write_json
@@ -315,9 +316,11 @@ class RosBench:
         for child in self._group.running:
             child.check()
 
-    def _tail(self) -> str:
-        nodes: list[Child] = [c for c in self._group.running if c.name == 'policy node']
-        return '\n'.join(f'the end of its log:\n{child.tail()}' for child in nodes)
+    def _say_tail(self) -> None:
+        """Show the end of what the node said, if it was started."""
+        for child in self._group.running:
+            if child.name == 'policy node':
+                self._say(f'the end of its log:\n{child.tail()}')
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -30,6 +30,7 @@ SUMS = {
     'sensor to action': 'all parts: stamp to arrival of the action',
     'tick to publish': 'start of the tick to end of publishing',
     'beside model and wait': 'sensor to action without these two',
+    'until published': 'of that, without the delivery',
 }
 PERCENTILES = (50, 95, 99)
 _NS_PER_MS = 1e6
@@ -78,7 +79,9 @@ def decompose(
     around_tick = columns['transport'] + columns['wait'] + columns['delivery']
     columns['sensor to action'] = total
     columns['tick to publish'] = total - around_tick
-    columns['beside model and wait'] = total - columns['wait'] - columns['model']
+    beside = total - columns['wait'] - columns['model']
+    columns['beside model and wait'] = beside
+    columns['until published'] = beside - columns['delivery']
     return columns
 
 

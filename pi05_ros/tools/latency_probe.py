@@ -76,6 +76,9 @@ class LatencyProbe:
             MonitorError: it refuses, or takes longer.
         """
         monitor = self.monitor
+        # A call in the moment of discovery may lose its answer; who is heard has found us, too.
+        if not monitor.wait(lambda: monitor.state == 'unconfigured', patience_s):
+            raise MonitorError(f'the node was not heard within {patience_s:g} s')
         monitor.transition(Transition.TRANSITION_CONFIGURE, 'configure', patience_s)
         topics = (self._action_topic, f'/{NODE_NAME}/timing')
         found = monitor.wait(
@@ -100,7 +103,9 @@ class LatencyProbe:
         ended = monitor.state != 'active'
         lasted_s = time.monotonic() - began_s
         if ended:
-            raise MonitorError(f'the node is {monitor.state}: {monitor.value("Action", "state")}')
+            raise MonitorError(
+                f'the node is {monitor.state}: {monitor.value("Lifecycle", "last error")}'
+            )
         monitor.transition(Transition.TRANSITION_DEACTIVATE, 'deactivate', STEP_PATIENCE_S)
         # The diagnostics of the new state hold the last counts.
         monitor.wait(lambda: monitor.state == 'inactive', STEP_PATIENCE_S)

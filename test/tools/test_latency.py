@@ -44,6 +44,7 @@ def test_parts_of_a_known_tick():
             'transport': 4.0, 'wait': 15.0, 'inputs': 0.3, 'policy': 0.2, 'model host': 1.5,
             'model': 98.5, 'publish': 0.5, 'delivery': 1.0, 'sensor to action': 121.0,
             'tick to publish': 101.0, 'beside model and wait': 7.5,
+            'until published': 6.5,
         }
     )  # fmt: skip
     assert set(found) == {*PARTS, *SUMS}
