@@ -21,12 +21,13 @@ from pi05_ros.engine.pipeline import BackendError
 # latency at both ends. Every tile of columns reads all activations again, so wide tiles read less
 # and narrow ones spread over more multiprocessors; both are here, each shallow enough in shared
 # memory for two kernels per multiprocessor, and so deep that all operands are asked for at once.
+# The last of a list have no loop: their weights lie in shared memory before the wait.
 _QKV = [
     GemmTiling(columns, depth, 1, warps, stages)
     for columns, depth, warps, stages in (
         (16, 128, 4, 4), (16, 256, 4, 2), (16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4),
         (32, 128, 4, 6), (32, 128, 4, 9), (32, 128, 8, 4), (32, 256, 4, 4), (64, 64, 4, 6),
-        (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 4),
+        (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 4), (16, 1024, 8, 1), (32, 1024, 8, 1),
     )
 ]  # fmt: skip
 _GATE_UP = [
@@ -41,7 +42,7 @@ _ATTENTION_OUT = [
     for columns, depth, splits, warps, stages in (
         (16, 128, 2, 4, 4), (16, 256, 1, 4, 4), (16, 256, 2, 4, 3), (32, 128, 2, 4, 4),
         (32, 128, 2, 4, 6), (32, 128, 4, 4, 4), (32, 256, 2, 4, 4), (64, 128, 4, 4, 4),
-        (64, 128, 4, 8, 4),
+        (64, 128, 4, 8, 4), (16, 1024, 2, 8, 1), (32, 512, 4, 4, 1), (32, 512, 4, 8, 1),
     )
 ]  # fmt: skip
 _DOWN = [
@@ -49,7 +50,8 @@ _DOWN = [
     for columns, depth, splits, warps, stages in (
         (32, 128, 4, 4, 4), (32, 128, 4, 4, 6), (32, 128, 4, 4, 9), (32, 256, 4, 4, 3),
         (32, 256, 4, 4, 4), (64, 64, 4, 4, 6), (64, 128, 4, 4, 4), (64, 128, 4, 8, 4),
-        (64, 128, 4, 8, 6), (64, 128, 8, 4, 3),
+        (64, 128, 4, 8, 6), (64, 128, 8, 4, 3), (32, 512, 8, 8, 1), (32, 1024, 4, 8, 1),
+        (64, 512, 8, 8, 1),
     )
 ]  # fmt: skip
 _ATTENTION = [

@@ -26,7 +26,8 @@ class GemmTiling:
     """How one product is cut up.
 
     ``columns`` are output columns per program; ``qkv`` and ``gate_up`` take half of them from
-    each of the two halves that they combine. ``depth`` is the block of K. ``splits`` cuts K.
+    each of the two halves that they combine. ``depth`` is the block of K; where it is all of K (or
+    of a split), the weights are loaded before the wait for the previous kernel. ``splits`` cuts K.
     """
 
     columns: int
