@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.denoise_layers import TritonLayer
@@ -78,7 +77,7 @@ CANDIDATES: list[dict[str, Any]] = [
     for choice in choices
 ]  # fmt: skip
 # A choice that asks for more shared memory, registers or a smaller shape than there is.
-UNFIT = (OutOfResources, CompilationError, BackendError)
+UNFIT = (TritonError, RuntimeError, BackendError)
 
 
 def programs(base: DenoiseTuning) -> list[DenoiseTuning]:
