@@ -73,7 +73,7 @@ CANDIDATES: list[dict[str, Any]] = [
     {field: choice}
     for field, choices in (
         ('down', _DOWN), ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
-        ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]),
+        ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]), ('prefetch_later', [True]),
     )
     for choice in choices
 ]  # fmt: skip

@@ -63,6 +63,7 @@ class DenoiseTuning:
     merge_warps: int = 1
     pdl: str = 'early'  # when a kernel lets the next one start: of kernels.launch.PDL_MODES
     prefetch: bool = True  # with PDL: bring what no kernel writes to L2 before the wait
+    prefetch_later: bool = False  # with PDL: attention brings the weights of gate_up to L2
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DenoiseTuning:
