@@ -36,6 +36,7 @@ from pi05_ros.engine.denoise_tuner import (
     tuning_of,
 )
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
+from pi05_ros.engine.kernels.prefill_attention import KEY_ROWS_MULTIPLE
 from pi05_ros.model.config import Pi05Config
 
 ALL_SHAPES = (
@@ -81,10 +82,11 @@ def random_state(config: Pi05Config, device: str, seed: int = 0) -> dict[str, to
 
 def make_stage(
     config: Pi05Config, state: dict[str, torch.Tensor], *, horizon: int, prefix: int,
-    room: int = 968, max_steps: int = 10, kernels: str = 'auto',
+    max_steps: int = 10, kernels: str = 'auto',
 ) -> DenoiseStage:  # fmt: skip
-    """Return a stage over a random prefix, with random noise."""
+    """Return a stage over a random prefix with room as the pipeline has it, with random noise."""
     generator = torch.Generator('cuda').manual_seed(1)
+    room = -(-prefix // KEY_ROWS_MULTIPLE) * KEY_ROWS_MULTIPLE
     shape = (config.expert.depth, room, config.expert.head_dim)
     keys, values = (
         torch.randn(shape, generator=generator, device='cuda').bfloat16() for _ in range(2)
@@ -223,14 +225,17 @@ def copy_bandwidth_tb_s() -> float:
     return 2 * source.numel() / time_graph_us(lambda: target.copy_(source)) / 1e6
 
 
-def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
-    """Compile every ``parts``-th program into Triton's cache, with a one-layer model."""
+def precompile(config: Pi05Config, options: argparse.Namespace) -> None:
+    """Compile every ``--parts``-th program into Triton's cache, with a one-layer model."""
     shallow = replace(
         config, expert=replace(config.expert, depth=1), vlm=replace(config.vlm, depth=1)
     )
     state = random_state(shallow, 'cuda')
-    stage = make_stage(shallow, state, horizon=horizon, prefix=900, max_steps=2, kernels='triton')
-    for tuning in programs(tuning_of(stage))[part::parts]:
+    stage = make_stage(
+        shallow, state, horizon=options.horizon, prefix=options.prefix, max_steps=2,
+        kernels='triton',
+    )  # fmt: skip
+    for tuning in programs(tuning_of(stage))[options.precompile :: options.parts]:
         try:
             stage.use_tuning(tuning)
             stage.launch(2)
@@ -239,10 +244,12 @@ def precompile(config: Pi05Config, part: int, parts: int, horizon: int) -> None:
     torch.cuda.synchronize()
 
 
-def start_precompiling(horizon: int, parts: int) -> list[subprocess.Popen]:
-    """Start :func:`precompile` in ``parts`` processes side by side."""
-    command = [sys.executable, __file__, '--horizon', str(horizon), '--parts', str(parts)]
-    return [subprocess.Popen([*command, '--precompile', str(i)]) for i in range(parts)]
+def start_precompiling(options: argparse.Namespace) -> list[subprocess.Popen]:
+    """Start :func:`precompile` in ``--parts`` processes side by side."""
+    command = [sys.executable, __file__]
+    for name in ('horizon', 'prefix', 'parts'):
+        command += [f'--{name}', str(getattr(options, name))]
+    return [subprocess.Popen([*command, '--precompile', str(i)]) for i in range(options.parts)]
 
 
 def wait_for(workers: list[subprocess.Popen], end: float) -> None:
@@ -277,7 +284,7 @@ def main() -> None:
     options.end = started + options.deadline
     config = Pi05Config.full()
     if options.precompile is not None:
-        precompile(config, options.precompile, options.parts, options.horizon)
+        precompile(config, options)
         return
     result: dict = {'gpu': torch.cuda.get_device_name(), 'torch': torch.__version__}
     state = random_state(config, 'cuda')
@@ -306,7 +313,7 @@ def run_parts(
     if options.time:
         result[stage.backend] = all_times(stage)
     if options.retune:
-        wait_for(start_precompiling(options.horizon, options.parts), options.end)
+        wait_for(start_precompiling(options), options.end)
         retune(stage, options, result)
         result['tuned'] = all_times(stage)
     print_table({name: result[name] for name in ('cuda-clusters', 'triton', 'tuned')
@@ -317,7 +324,7 @@ def decide(
     config: Pi05Config, state: dict[str, torch.Tensor], options: argparse.Namespace, result: dict
 ) -> None:
     """Check and time both kernel sets, and tune the Triton set, while its candidates compile."""
-    workers = start_precompiling(options.horizon, options.parts)
+    workers = start_precompiling(options)
     sets = ('cuda-clusters', 'triton')
     result['check'] = [row for name in sets for row in check(config, state, name, FEW_SHAPES)]
     wait_for(workers, options.end - 12.0)

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pi05_ros.engine.cuda_pipeline import OVERLAPS, CudaPipeline
-from pi05_ros.engine.pipeline import PipelineShape
+from pi05_ros.engine.pipeline import BackendError, PipelineShape
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.tools.measure import Inputs, Timing, cosine, draw_inputs, time_calls
 from pi05_ros.tools.random_weights import random_state
@@ -96,11 +96,16 @@ def main() -> None:
         if time.perf_counter() - started > options.deadline:
             print(f'no time left for {name} {overlap}')
             continue
-        found[name, overlap] = measure(state, config, name, overlap, options.calls)
+        try:
+            found[name, overlap] = measure(state, config, name, overlap, options.calls)
+        except BackendError as refused:
+            print(f'{name} {overlap}: {refused}')
     report = {'gpu': torch.cuda.get_device_name(), 'fastest': fastest, 'times_ms': {
         f'{name} {overlap}': times for (name, overlap), (times, _) in found.items()
     }}  # fmt: skip
     for (name, overlap), (_, actions) in found.items():
+        if overlap == 'no':
+            continue
         same = [np.array_equal(actions[n], found[name, 'no'][1][n]) for n in STEPS]
         print(f'{name} {overlap}: {"same" if all(same) else "OTHER"} bits as alone')
     first, second = (found[name, 'no'][1][STEPS[0]] for name in KERNEL_SETS)

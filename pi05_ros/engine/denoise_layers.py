@@ -219,11 +219,14 @@ class TritonLayer:
         kernel, changes = split_attention.attend_once_kernel, self._start(prefetch=False)
         if tiling.splits:
             kernel = split_attention.attend_kernel
-            changes = {'SPLITS': tiling.splits, 'WARPS': tiling.warps, **self._start()}
+            changes = {'SPLITS': tiling.splits, **self._start()}
+        later = self._weights.gate_up[layer]
         kernel[(row_blocks, self._splits)](
             b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts, self._log_sums,
-            self.horizon, expert.num_heads, head_dim**-0.5 * math.log2(math.e),
-            D=head_dim, BM=tiling.rows, BN=tiling.keys, num_warps=tiling.warps,
+            later, later.numel(), self.horizon, expert.num_heads,
+            head_dim**-0.5 * math.log2(math.e),
+            D=head_dim, BM=tiling.rows, BN=tiling.keys, WARPS=tiling.warps,
+            LATER=self.pdl and self.tuning.prefetch_later, num_warps=tiling.warps,
             num_stages=tiling.stages, **changes,
         )  # fmt: skip
 

@@ -26,7 +26,8 @@ class GemmTiling:
     """How one product is cut up.
 
     ``columns`` are output columns per program; ``qkv`` and ``gate_up`` take half of them from
-    each of the two halves that they combine. ``depth`` is the block of K. ``splits`` cuts K.
+    each of the two halves that they combine. ``depth`` is the block of K; where it is all of K (or
+    of a split), the weights are loaded before the wait for the previous kernel. ``splits`` cuts K.
     """
 
     columns: int
@@ -62,6 +63,7 @@ class DenoiseTuning:
     merge_warps: int = 1
     pdl: str = 'early'  # when a kernel lets the next one start: of kernels.launch.PDL_MODES
     prefetch: bool = True  # with PDL: bring what no kernel writes to L2 before the wait
+    prefetch_later: bool = False  # with PDL: attention brings the weights of gate_up to L2
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DenoiseTuning:

@@ -19,6 +19,7 @@ from pi05_ros.engine.chips import Chip
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.denoise_layers import row_block
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
+from pi05_ros.engine.kernels.adarms import table_row
 from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
@@ -162,6 +163,15 @@ def test_step_count_beyond_the_table_is_refused(state):
     stage = _stage(state, max_steps=3)
     with pytest.raises(BackendError, match='num_steps 4 is outside 1 to 3'):
         stage.launch(4)
+
+
+def test_runs_share_the_modulations_of_their_first_step_and_no_others(state):
+    stage = _stage(state, max_steps=3)
+    rows = [table_row(n, step) for n in (1, 2, 3) for step in range(n)]
+    assert [table_row(n, 0) for n in (1, 2, 3)] == [0, 0, 0]
+    later = [row for row in rows if row]
+    assert len(set(later)) == len(later) == 3
+    assert max(later) < len(stage.weights.modulations)
 
 
 def test_missing_weight_is_named(state):

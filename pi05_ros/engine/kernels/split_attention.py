@@ -20,7 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi05_ros.engine.kernels.launch import let_next_start, prefetch_range, wait_for_previous
+from pi05_ros.engine.kernels.launch import (
+    let_next_start,
+    prefetch_range,
+    prefetch_share,
+    wait_for_previous,
+)
 
 
 @triton.jit
@@ -48,9 +53,10 @@ def attend_kernel(
     n_prefix_ptr,  # (1,) int32
     part_ptr,  # (SPLITS, heads * M, D), written
     log_sum_ptr,  # (SPLITS, heads * M) f32, written, in units of log2
+    later_ptr, later_count,  # weights of a later kernel, brought to L2 if LATER
     M, heads, log2_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, one range of key blocks."""
     split = tl.program_id(1)
@@ -68,6 +74,7 @@ def attend_kernel(
     prefetch_range(k_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
     prefetch_range(v_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
     wait_for_previous(PDL)
+    prefetch_share(later_ptr, later_count, WARPS, LATER)
 
     if begin < blocks:
         q = tl.load(qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0)
@@ -105,8 +112,10 @@ def attend_once_kernel(
     n_prefix_ptr,  # (1,) int32
     part_ptr,  # (blocks of P_max + M keys, heads * M, D), written
     log_sum_ptr,  # (blocks of P_max + M keys, heads * M) f32, written, in units of log2
+    later_ptr, later_count,  # weights of a later kernel, brought to L2 if LATER
     M, heads, log2_scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, BN keys of prefix and suffix behind each other."""
     block = tl.program_id(1)
@@ -122,6 +131,7 @@ def attend_once_kernel(
     prefix_k = tl.load(k_ptr + offsets, mask=in_prefix, other=0.0)
     prefix_v = tl.load(v_ptr + offsets, mask=in_prefix, other=0.0)
     wait_for_previous(PDL)
+    prefetch_share(later_ptr, later_count, WARPS, LATER)
 
     if block * BN < n_prefix + M:
         in_range = keys < n_prefix + M

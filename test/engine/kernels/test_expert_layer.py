@@ -32,6 +32,13 @@ _RAGGED = DenoiseTuning(
 _WHOLE = replace(
     _RAGGED, attention_out=GemmTiling(columns=64, depth=32), down=GemmTiling(columns=64, depth=64)
 )
+_NO_LOOP = replace(
+    _RAGGED,
+    qkv=GemmTiling(columns=32, depth=64),
+    attention_out=GemmTiling(columns=32, depth=64, splits=2),
+    gate_up=GemmTiling(columns=32, depth=64),
+    down=GemmTiling(columns=32, depth=128),
+)
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,16 @@ KINDS = pytest.mark.parametrize('kind', ['triton', 'cuda-clusters'])
 HORIZONS = pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [3, 17])
 
 
+LOOPS = pytest.mark.parametrize(
+    'tuning', [replace(_RAGGED, gate_up=GemmTiling(64, 32)), _NO_LOOP], ids=['loop', 'no-loop']
+)
+
+
 @KINDS
 @HORIZONS
-def test_qkv_rope_matches_its_twin(kind, horizon):
-    case = _case(kind, horizon, prefix=33)
+@LOOPS
+def test_qkv_rope_matches_its_twin(kind, horizon, tuning):
+    case = _case(kind, horizon, 33, tuning)
     x = case.set_residual(norm=0)
     case.buffers.qkv.fill_(float('nan'))
     case.layer.launch_qkv(0, 0)
@@ -153,8 +166,9 @@ def test_attention_matches_its_twin(kind, horizon, prefix, splits):
 
 @KINDS
 @HORIZONS
-def test_gate_up_matches_its_twin(kind, horizon):
-    case = _case(kind, horizon, prefix=1)
+@LOOPS
+def test_gate_up_matches_its_twin(kind, horizon, tuning):
+    case = _case(kind, horizon, 1, tuning)
     x = case.set_residual(norm=1)
     case.buffers.activated.fill_(float('nan'))
     case.layer.launch_gate_up(0, 0)
@@ -166,7 +180,7 @@ def test_gate_up_matches_its_twin(kind, horizon):
 
 @KINDS
 @HORIZONS
-@pytest.mark.parametrize('tuning', [_RAGGED, _WHOLE], ids=['split', 'whole'])
+@pytest.mark.parametrize('tuning', [_RAGGED, _WHOLE, _NO_LOOP], ids=['split', 'whole', 'no-loop'])
 def test_gated_residuals_match_their_twin_and_leave_what_a_norm_needs(kind, horizon, tuning):
     case = _case(kind, horizon, prefix=1, tuning=tuning)
     modulations = case.weights.modulations[0]
