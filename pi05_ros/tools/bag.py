@@ -122,6 +122,18 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
         BagError: no such path, not a bag, or a bag that was not closed properly.
     """
     path = Path(path)
+    with _readable(path):
+        _check_kind(path)
+        reader = Reader(path)
+        reader.open()
+    try:
+        yield Bag(path, reader)
+    finally:
+        reader.close()
+
+
+def _check_kind(path: Path) -> None:
+    """Say what a path should be that rosbags would only call unknown."""
     if not path.exists():
         raise BagError(f'{path} does not exist; expected a rosbag2 directory, .mcap or .db3 file')
     if path.is_dir() and not (path / 'metadata.yaml').exists():
@@ -134,13 +146,6 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
             f'{path} is a compressed file of a recording; give the directory that holds it and '
             'metadata.yaml'
         )
-    with _readable(path):
-        reader = Reader(path)
-        reader.open()
-    try:
-        yield Bag(path, reader)
-    finally:
-        reader.close()
 
 
 @contextmanager

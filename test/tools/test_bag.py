@@ -160,6 +160,16 @@ def test_what_is_not_a_bag_is_refused_with_what_was_expected(tmp_path):
         pass
 
 
+@pytest.mark.parametrize('name', ['a' * 300, 'nul\0'])
+def test_a_path_that_cannot_be_looked_at_is_refused_in_one_line(tmp_path, name):
+    with (
+        pytest.raises(BagError, match='does not exist|cannot be read') as caught,
+        open_bag(tmp_path / name),
+    ):
+        pass
+    assert '\n' not in str(caught.value)
+
+
 def test_metadata_that_is_not_yaml_is_refused(tmp_path):
     copy, _ = copy_of_libero(tmp_path)
     (copy / 'metadata.yaml').chmod(0o644)
