@@ -119,3 +119,5 @@ class ActionLog:
             )
         if np.any(np.diff(self.ticks) <= 0):
             raise ActionLogError(f'{path}: its tick numbers do not ascend')
+        if not np.isfinite(self.actions).all():
+            raise ActionLogError(f'{path}: it has actions that are not finite')

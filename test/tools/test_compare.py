@@ -132,6 +132,14 @@ def test_ticks_that_do_not_ascend_are_refused(reference, tmp_path: Path):
         ActionLog.load(tmp_path / 'a.npz')
 
 
+def test_actions_that_are_not_finite_are_refused(reference, tmp_path: Path):
+    actions = reference.actions.copy()
+    actions[2, 1, 1] = np.nan
+    replace(reference, actions=actions).save(tmp_path / 'a.npz')
+    with pytest.raises(ActionLogError, match='not finite'):
+        ActionLog.load(tmp_path / 'a.npz')
+
+
 def test_file_that_cannot_be_written_is_an_error(reference, tmp_path: Path):
     with pytest.raises(ActionLogError, match='cannot write'):
         reference.save(tmp_path / 'nowhere' / 'a.npz')
