@@ -112,8 +112,7 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     bag: Path = args.bag or demo_bag()
     results = run_variants(bag, setup_of(args), variants, console)
-    console.print(overview(results))
-    console.print(dimensions(results))
+    console.print(table_of(results))
     if args.out:
         _write(args.out, bag, results)
         console.print(f'written to {args.out}', markup=False, highlight=False, soft_wrap=True)
@@ -145,50 +144,33 @@ def run_variants(
     return results
 
 
-def overview(results: list[Result]) -> Table:
-    """Return latency and distance of each variant as a table."""
+def table_of(results: list[Result]) -> Table:
+    """Return latency, cosine and errors of every variant as one table, a column per variant.
+
+    Errors are means of the absolute difference to the reference in the unit of the dimension:
+    over all rows of a chunk, and over its first row, which a robot executes first.
+    """
+    reference = results[0]
     table = Table(
-        title=f'{len(results[0].log.ticks)} actions; reference: {results[0].variant}. Errors: of '
-        'the worst dimension, in percent of its standard deviation in the reference',
+        title=f'{len(reference.log.ticks)} actions; reference: {reference.variant}',
         title_justify='left',
         box=box.SIMPLE_HEAD,
     )
-    table.add_column('variant', no_wrap=True)
-    table.add_column('what ran', no_wrap=True)
-    for heading in ('P50 ms', 'P95 ms', 'speed', 'cosine', 'MAE', 'first action'):
-        table.add_column(heading, justify='right')
+    table.add_column('', no_wrap=True)
+    table.add_column('unit', no_wrap=True)
     for result in results:
-        spread = result.timing.spread('total_ms')
-        table.add_row(
-            str(result.variant),
-            what_ran(result),
-            f'{spread.p50_ms:.2f}',
-            f'{spread.p95_ms:.2f}',
-            f'{results[0].p50_ms / spread.p50_ms:.2f}x',
-            *_distance(result.comparison),
-        )
-    return table
-
-
-def dimensions(results: list[Result]) -> Table:
-    """Return the errors of each action dimension, in its unit, as a table."""
-    table = Table(
-        title='mean abs. error: all rows | first row of a chunk',
-        title_justify='left',
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column('dimension', no_wrap=True)
-    table.add_column('unit')
-    for result in results[1:]:
-        table.add_column(str(result.variant), justify='right', no_wrap=True)
-    log = results[0].log
-    for index, (name, unit) in enumerate(zip(log.names, log.units, strict=True)):
-        cells = []
-        for result in results[1:]:
-            assert result.comparison is not None
-            found = result.comparison.dimensions[index]
-            cells.append(f'{found.mean_abs_error:.3g} | {found.first_action_error:.3g}')
-        table.add_row(name, unit, *cells)
+        table.add_column(str(result.variant), justify='right')
+    spreads = [result.timing.spread('total_ms') for result in results]
+    table.add_row('what ran', '', *map(what_ran, results))
+    table.add_row('inference P50', 'ms', *(f'{spread.p50_ms:.2f}' for spread in spreads))
+    table.add_row('inference P95', 'ms', *(f'{spread.p95_ms:.2f}' for spread in spreads))
+    table.add_row('speed', '', *(f'{reference.p50_ms / spread.p50_ms:.2f}x' for spread in spreads))
+    table.add_row('cosine', '', *(_cosine(result.comparison) for result in results))
+    for title, field in (('MAE', 'mean_abs_error'), ('first action', 'first_action_error')):
+        table.add_section()
+        for index, name in enumerate(reference.log.names):
+            errors = (_error(result.comparison, index, field) for result in results)
+            table.add_row(f'{title} {name}', reference.log.units[index], *errors)
     return table
 
 
@@ -199,18 +181,16 @@ def what_ran(result: Result) -> str:
     return f'{"/".join(dict.fromkeys(stages))} {facts["precision"]} {facts["device"]}'
 
 
-def _distance(comparison: Comparison | None) -> tuple[str, str, str]:
-    """Return cosine, error over all rows and over the first row, as cells."""
+def _cosine(comparison: Comparison | None) -> str:
     if comparison is None:
-        return ('-', '-', '-')
-    if comparison.is_identical:
-        return ('identical', '0', '0')
-    moving = [d for d in comparison.dimensions if d.reference_std > 0.0]
-    if not moving:
-        return (f'{comparison.cosine:.8f}', '-', '-')
-    mae = max(d.mean_abs_error / d.reference_std for d in moving)
-    first = max(d.first_action_error / d.reference_std for d in moving)
-    return (f'{comparison.cosine:.8f}', f'{100 * mae:.3g} %', f'{100 * first:.3g} %')
+        return '-'
+    return 'identical' if comparison.is_identical else f'{comparison.cosine:.8f}'
+
+
+def _error(comparison: Comparison | None, index: int, field: str) -> str:
+    if comparison is None:
+        return '-'
+    return f'{getattr(comparison.dimensions[index], field):.3g}'
 
 
 def _write(out: Path, bag: Path, results: list[Result]) -> None:

@@ -105,16 +105,22 @@ def _draw_dimension(
         style = {
             'color': _LINES[number % len(_LINES)],
             'linestyle': _STYLES[number % len(_STYLES)],
+            'marker': '.',  # an action between two skipped ticks has no line
+            'markersize': 3,
         }
         seconds = (log.times_ns - start_ns) / 1e9
         width = 1.9 if number == 0 else 1.4
-        handles += upper.plot(seconds, log.actions[:, 0, index], linewidth=width, **style)
+        handles += upper.plot(
+            *with_gaps(log.ticks, seconds, log.actions[:, 0, index]), linewidth=width, **style
+        )
         _, ours, theirs = np.intersect1d(
             reference.ticks, log.ticks, assume_unique=True, return_indices=True
         )
         if number > 0:
             error = np.abs(log.actions[theirs, 0, index] - reference.actions[ours, 0, index])
-            lower.plot(seconds[theirs], error, linewidth=1.2, **style)
+            lower.plot(
+                *with_gaps(log.ticks[theirs], seconds[theirs], error), linewidth=1.2, **style
+            )
     unit = '' if reference.units[index] == '1' else f' ({reference.units[index]})'
     upper.set_title(f'{reference.names[index]}{unit}', loc='left', size=10, color=_INK)
     lower.set_ylim(bottom=0)
@@ -126,6 +132,14 @@ def _draw_dimension(
     upper.tick_params(labelbottom=False)
     lower.locator_params(axis='y', nbins=3)
     return handles
+
+
+def with_gaps(
+    ticks: np.ndarray, seconds: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return times and values with a NaN where ticks were skipped, so that no line spans them."""
+    breaks = np.flatnonzero(np.diff(ticks) > 1) + 1
+    return np.insert(seconds, breaks, np.nan), np.insert(values, breaks, np.nan)
 
 
 def _labels(names: list[str]) -> list[str]:

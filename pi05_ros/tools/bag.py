@@ -18,6 +18,11 @@ from rosbags.rosbag2 import Reader
 
 from pi05_ros.model.errors import Pi05Error
 
+from .bag_order import ordered_rows
+
+# How a Zstandard frame begins, and no CDR message.
+_ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
+
 
 class BagError(Pi05Error):
     """The path is not a readable rosbag2 recording, or lacks what was asked of it."""
@@ -98,9 +103,14 @@ class Bag:
         if not chosen:
             return
         with _readable(self.path):
-            rows = self._reader.messages(chosen)
+            rows = ordered_rows(self._reader, chosen)
             for _, tied in groupby(rows, key=lambda row: row[1]):
                 for connection, receive_ns, raw in sorted(tied, key=lambda row: row[0].topic):
+                    if raw[:4] == _ZSTD_MAGIC:
+                        raise BagError(
+                            f'{self.path}: its messages are compressed one by one, which only '
+                            'metadata.yaml says; give the directory that holds both'
+                        )
                     yield BagMessage(connection.topic, receive_ns, bytes(raw))
 
 
@@ -112,6 +122,18 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
         BagError: no such path, not a bag, or a bag that was not closed properly.
     """
     path = Path(path)
+    with _readable(path):
+        _check_kind(path)
+        reader = Reader(path)
+        reader.open()
+    try:
+        yield Bag(path, reader)
+    finally:
+        reader.close()
+
+
+def _check_kind(path: Path) -> None:
+    """Say what a path should be that rosbags would only call unknown."""
     if not path.exists():
         raise BagError(f'{path} does not exist; expected a rosbag2 directory, .mcap or .db3 file')
     if path.is_dir() and not (path / 'metadata.yaml').exists():
@@ -119,13 +141,11 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
             f'{path} is not a rosbag2 directory: it has no metadata.yaml '
             '(after an interrupted recording, "ros2 bag reindex" writes one)'
         )
-    with _readable(path):
-        reader = Reader(path)
-        reader.open()
-    try:
-        yield Bag(path, reader)
-    finally:
-        reader.close()
+    if path.suffix == '.zstd':
+        raise BagError(
+            f'{path} is a compressed file of a recording; give the directory that holds it and '
+            'metadata.yaml'
+        )
 
 
 @contextmanager

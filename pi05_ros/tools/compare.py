@@ -105,7 +105,8 @@ def compare(reference: ActionLog, other: ActionLog) -> Comparison:
         )
     if reference.actions.shape[1] != other.actions.shape[1]:
         raise ActionLogError(
-            f'the chunks have {reference.actions.shape[1]} and {other.actions.shape[1]} rows'
+            f'the chunks have {reference.actions.shape[1]} and {other.actions.shape[1]} rows '
+            '(reference and other); replay both with the same horizon'
         )
     a, b = reference.actions[at_reference], other.actions[at_other]
     columns = range(len(reference.names))

@@ -224,18 +224,19 @@ def _chunk_reader() -> Callable[[BagMessage], RecordedChunk]:
             actions = np.asarray(chunk.actions, np.float32).reshape(
                 chunk.horizon, len(chunk.names)
             )
+            stamps = [stamp.sec * 10**9 + stamp.nanosec for stamp in chunk.input_stamps]
+            stamps_ns = dict(zip(chunk.input_names, stamps, strict=True))
         # The deserialiser meets damage as struct, index, value and assertion errors alike.
         except Exception as error:
             raise RecomputeError(
                 f'a message on {message.topic} is not a {CHUNK_TYPE} of this version: {error}'
             ) from error
-        stamps = [stamp.sec * 10**9 + stamp.nanosec for stamp in chunk.input_stamps]
         return RecordedChunk(
             receive_ns=message.receive_ns,
             tick=chunk.tick,
             names=tuple(chunk.names),
             actions=actions,
-            stamps_ns=dict(zip(chunk.input_names, stamps, strict=True)),
+            stamps_ns=stamps_ns,
             prompt=chunk.prompt,
             seed=chunk.seed,
             num_steps=chunk.num_steps,

@@ -29,7 +29,7 @@ from .action_log import ActionLog
 from .bag import open_bag
 from .compare import Comparison, compare
 from .remapping import Remapping, parameter_override, remap_rule
-from .replayer import Replay, Setup
+from .replayer import Replay, ReplayError, Setup
 from .terminal import Progress, make_console
 
 BAR_COLUMNS = 24
@@ -55,7 +55,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--actions', type=Path, metavar='NPZ', help='write the actions here')
     parser.add_argument(
         '--record-golden', type=Path, metavar='NPZ',
-        help='the same as --actions: a reference for pi05_ros.testing.check_golden',
+        help='as --actions, but only of a whole replay that acted: a reference for '
+        'pi05_ros.testing.check_golden',
     )  # fmt: skip
     parser.add_argument(
         '--compare', type=Path, metavar='NPZ', help='compare with the actions of another replay'
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     """Replay, print, write; return 0, or 1 if no tick acted."""
     console = make_console()
     bag: Path = args.bag or demo_bag()
+    _check_outputs(args.out, args.actions, args.record_golden)
     reference = ActionLog.load(args.compare) if args.compare else None
     session = ReplaySession(bag, setup_of(args), console)
     comparison: Comparison | None = None
@@ -110,13 +112,25 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         text = str(failure) if failure else None
         replay_report.write(args.out, replay_report.as_dict(bag, session.replay, comparison, text))
-    if session.replay is not None:
-        for path in filter(None, (args.actions, args.record_golden)):
-            session.log().save(path)
+    if session.replay is not None and session.replay.results:
+        if args.actions:
+            session.log().save(args.actions)
         replay_report.show(console, session.replay, comparison)
     if failure is not None:
         raise failure
-    return 0 if session.log().ticks.size else 1
+    log = session.log()
+    if args.record_golden:
+        if not log.ticks.size:
+            raise ReplayError(f'no tick of {bag} acted, so there is nothing to pin')
+        log.save(args.record_golden)
+    return 0 if log.ticks.size else 1
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Refuse what could not be written before the work, not after it."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise ReplayError(f'cannot write {path}: {path.parent} is not a directory')
 
 
 class ReplaySession:

@@ -189,22 +189,26 @@ class Replay:
         Raises:
             ReplayError: lists every topic that is missing or has another type.
         """
-        faults, present = [], []
+        faults: list[str] = []
+        remedies: list[str] = []
+        present: list[str] = []
         for name, wanted in self.topics.items():
             found = bag.topics.get(name)
             if found is None:
                 # Nobody has to publish the task: the parameter may hold it.
                 if wanted.name != TASK_PROMPT:
                     faults.append(f'no {name} ({wanted.type_name})')
+                    remedies += _transport_remedy(bag, name, wanted)
             elif found.msgtype != wanted.type_name:
                 faults.append(f'{name} is {found.msgtype}, expected {wanted.type_name}')
             else:
                 present.append(name)
         if faults:
             have = ', '.join(bag.topics) or 'none'
+            remedy = f'Give {" ".join(remedies)}' if remedies else 'Use --remap or another robot'
             raise ReplayError(
                 f'{bag.path} does not fit robot {self.robot.name}: {"; ".join(faults)}. '
-                f'Its topics: {have}. Use --remap, another robot, or cameras.NAME.transport'
+                f'Its topics: {have}. {remedy}'
             )
         return present
 
@@ -294,3 +298,14 @@ class Replay:
             )
         )
         self._mark()
+
+
+def _transport_remedy(bag: Bag, name: str, wanted: InputTopic) -> list[str]:
+    """Return the option for a camera that was recorded with the other transport."""
+    for transport, other in (
+        ('compressed', f'{name}/compressed'),
+        ('raw', name.removesuffix('/compressed')),
+    ):
+        if other != name and other in bag.topics:
+            return [f'-p cameras.{wanted.name}.transport:={transport}']
+    return []

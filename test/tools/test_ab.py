@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from pi05_ros.tools.ab import Variant, variant
-from pi05_ros.tools.ab_plots import save_stages, save_traces
+from pi05_ros.tools.ab import Result, Variant, table_of, variant
+from pi05_ros.tools.ab_plots import save_stages, save_traces, with_gaps
 from pi05_ros.tools.action_log import ActionLog
 from pi05_ros.tools.cli import main
+from pi05_ros.tools.compare import compare
 from pi05_ros.tools.report import TIMING_FIELDS, TimingLog
 
 
@@ -37,6 +39,35 @@ def test_fewer_steps_change_the_actions_and_another_name_does_not(out: Path):
     assert all(d['first_action_error'] > 0 for d in coarser['dimensions'])
     digests = {name: found['actions_sha256'] for name, found in variants.items()}
     assert digests['auto:float32:3'] == digests['eager:float32:3'] != digests['eager:float32:1']
+
+
+def test_one_table_has_latency_cosine_and_both_errors_of_every_joint(short_bag, out: Path):
+    reference, coarser = (ActionLog.load(out / f'actions_eager_float32_{n}.npz') for n in (3, 1))
+    timing = TimingLog()
+    timing.add(dict.fromkeys(TIMING_FIELDS, 2.0))
+    results = [
+        Result(variant('eager:float32:3'), reference, timing, None),
+        Result(variant('eager:float32:1'), coarser, timing, compare(reference, coarser)),
+    ]
+    console = Console(width=110, record=True)
+    console.print(table_of(results))
+    lines = console.export_text().splitlines()
+    cells = {' '.join(line.split()[:-2]): line.split()[-2:] for line in lines}
+    assert cells['inference P50 ms'] == ['2.00', '2.00']
+    assert cells['cosine'] == ['-', f'{results[1].comparison.cosine:.8f}']
+    for dimension in results[1].comparison.dimensions:
+        name = f'{dimension.name} {dimension.unit}'
+        assert cells[f'MAE {name}'] == ['-', f'{dimension.mean_abs_error:.3g}']
+        assert cells[f'first action {name}'] == ['-', f'{dimension.first_action_error:.3g}']
+
+
+def test_no_line_spans_skipped_ticks(out: Path):
+    seconds, values = with_gaps(np.array([0, 1, 4, 5]), np.arange(4.0), np.arange(4.0))
+    assert (
+        np.isnan(seconds).tolist()
+        == np.isnan(values).tolist()
+        == [False, False, True, False, False]
+    )
 
 
 def test_what_ran_is_told_not_what_was_asked_for(out: Path):

@@ -2,7 +2,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bag_files import LIBERO_BAG, START_NS, string_cdr, write_bag
+from bag_files import (
+    LIBERO_BAG,
+    START_NS,
+    string_cdr,
+    write_bag,
+    write_split_bag,
+    write_unindexed_mcap,
+)
 
 from pi05_ros.tools.bag import BagError, open_bag
 
@@ -48,6 +55,48 @@ def test_both_storages_give_the_same_bytes_in_the_same_order(tmp_path):
         ]
     with open_bag(write_bag(tmp_path / 'bag', rows[::-1], 'sqlite3')) as copy:
         assert list(copy.messages()) == messages
+
+
+@pytest.mark.parametrize('storage', ['mcap', 'sqlite3'])
+def test_files_of_a_split_recording_are_merged_by_receive_stamp(tmp_path, storage):
+    parts = [
+        string_rows(('/a', 0), ('/b', 10), ('/b', 21)),
+        string_rows(('/a', 20), ('/b', 22), ('/c', 30)),
+        string_rows(('/a', 29), ('/b', 30)),
+    ]
+    with open_bag(write_split_bag(tmp_path / 'bag', parts, storage)) as bag:
+        order = [(m.topic, m.receive_ns - START_NS) for m in bag.messages()]
+        assert bag.topics['/b'].count == 4
+    assert order == [
+        ('/a', 0), ('/b', 10), ('/a', 20), ('/b', 21), ('/b', 22), ('/a', 29), ('/b', 30),
+        ('/c', 30),
+    ]  # fmt: skip
+
+
+def test_a_file_without_an_index_is_read_in_receive_order(tmp_path):
+    rows = string_rows(('/a', 10), ('/b', 0), ('/b', 30), ('/a', 20), ('/a', 30))
+    with open_bag(write_unindexed_mcap(tmp_path / 'bag.mcap', rows)) as bag:
+        order = [(m.topic, m.receive_ns - START_NS) for m in bag.messages(['/a', '/b'])]
+        assert [m.receive_ns - START_NS for m in bag.messages(['/a'])] == [10, 20, 30]
+    assert order == [('/b', 0), ('/a', 10), ('/a', 20), ('/a', 30), ('/b', 30)]
+
+
+@pytest.mark.parametrize('storage', ['mcap', 'sqlite3'])
+@pytest.mark.parametrize('compression', ['file', 'message'])
+def test_compression_makes_no_difference(tmp_path, storage, compression):
+    rows = string_rows(('/b', 20), ('/a', 20), ('/b', 5))
+    plain = write_bag(tmp_path / 'plain', rows, storage)
+    packed = write_bag(tmp_path / 'packed', rows, storage, compression)
+    with open_bag(plain) as first, open_bag(packed) as second:
+        assert list(second.messages()) == list(first.messages())
+
+
+@pytest.mark.parametrize('compression', ['file', 'message'])
+def test_a_lone_file_of_a_compressed_recording_names_the_directory(tmp_path, compression):
+    packed = write_bag(tmp_path / 'bag', string_rows(('/a', 0)), compression=compression)
+    file = next(path for path in packed.iterdir() if path.name != 'metadata.yaml')
+    with pytest.raises(BagError, match='give the directory'), open_bag(file) as bag:
+        list(bag.messages())
 
 
 def test_only_the_topics_asked_for_are_read():
@@ -109,6 +158,16 @@ def test_what_is_not_a_bag_is_refused_with_what_was_expected(tmp_path):
         pass
     with pytest.raises(BagError, match='cannot be read as a bag'), open_bag(text):
         pass
+
+
+@pytest.mark.parametrize('name', ['a' * 300, 'nul\0'])
+def test_a_path_that_cannot_be_looked_at_is_refused_in_one_line(tmp_path, name):
+    with (
+        pytest.raises(BagError, match='does not exist|cannot be read') as caught,
+        open_bag(tmp_path / name),
+    ):
+        pass
+    assert '\n' not in str(caught.value)
 
 
 def test_metadata_that_is_not_yaml_is_refused(tmp_path):

@@ -109,6 +109,37 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes):
         ActionLog.load(tmp_path / 'a.npz')
 
 
+def test_damaged_file_is_refused_in_one_line_or_read_whole(reference, tmp_path: Path):
+    path = tmp_path / 'a.npz'
+    reference.save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 7):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 0x5A
+        path.write_bytes(spoilt)
+        try:
+            assert ActionLog.load(path).sha256 == reference.sha256
+        except ActionLogError as error:
+            assert '\n' not in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_ticks_that_do_not_ascend_are_refused(reference, tmp_path: Path):
+    replace(reference, ticks=reference.ticks[::-1]).save(tmp_path / 'a.npz')
+    with pytest.raises(ActionLogError, match='do not ascend'):
+        ActionLog.load(tmp_path / 'a.npz')
+
+
+def test_actions_that_are_not_finite_are_refused(reference, tmp_path: Path):
+    actions = reference.actions.copy()
+    actions[2, 1, 1] = np.nan
+    replace(reference, actions=actions).save(tmp_path / 'a.npz')
+    with pytest.raises(ActionLogError, match='not finite'):
+        ActionLog.load(tmp_path / 'a.npz')
+
+
 def test_file_that_cannot_be_written_is_an_error(reference, tmp_path: Path):
     with pytest.raises(ActionLogError, match='cannot write'):
         reference.save(tmp_path / 'nowhere' / 'a.npz')

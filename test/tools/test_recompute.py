@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 from bag_files import Row
-from replay_bags import chunk_row, shipped_rows, write_with_chunks
+from replay_bags import (
+    CHUNK,
+    TYPESTORE,
+    chunk_row,
+    serialize,
+    shipped_rows,
+    write_with_chunks,
+)
 
 from pi05_ros.tools.bag import open_bag
 from pi05_ros.tools.random_checkpoint import make_checkpoint
@@ -106,6 +113,17 @@ def test_other_weights_are_an_error(chunks, tmp_path):
 def test_a_recording_without_chunks_is_an_error(short_bag, tiny_checkpoint):
     with pytest.raises(RecomputeError, match='has pi05_ros/msg/ActionChunk on no topic; record'):
         recompute(short_bag, '--checkpoint', tiny_checkpoint)
+
+
+def test_a_chunk_whose_provenance_does_not_fit_together_is_an_error(
+    chunks, tiny_checkpoint, tmp_path
+):
+    message = TYPESTORE.deserialize_cdr(chunks[1][3], CHUNK)
+    message.input_stamps = message.input_stamps[1:]
+    spoilt = (*chunks[1][:3], serialize(message, CHUNK))
+    bag = record(tmp_path / 'bag', [*shipped_rows(), chunks[0], spoilt])
+    with pytest.raises(RecomputeError, match='is not a pi05_ros/msg/ActionChunk of this version'):
+        recompute(bag, '--checkpoint', tiny_checkpoint)
 
 
 def test_two_topics_with_chunks_need_a_choice(chunks, tiny_checkpoint, tmp_path):

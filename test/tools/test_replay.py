@@ -229,6 +229,17 @@ def test_missing_topic_is_an_error_that_lists_the_topics(replay, tmp_path):
     )
 
 
+def test_other_transport_is_an_error_with_the_options_to_give(replay, short_bag, tmp_path):
+    bag = write_bag(tmp_path / 'bag', edited(shipped_rows(), as_png))
+    run = replay(bag)
+    assert run.status == 2
+    given = run.report['error'].split('Give ')[1].split()
+    assert given == [
+        '-p', 'cameras.base.transport:=compressed', '-p', 'cameras.wrist.transport:=compressed',
+    ]  # fmt: skip
+    assert replay(bag, *given).digest == replay(short_bag).digest
+
+
 def test_other_type_is_an_error_that_names_both(replay, tmp_path):
     def retype(row):
         return [row if row[1] != JOINTS else (row[0], STRING, *row[2:])]
@@ -310,6 +321,23 @@ def test_no_task_is_counted_and_no_action_is_status_1(replay, tmp_path, capsys):
     assert 'skip: missing_input' in capsys.readouterr().out
 
 
+def test_without_an_action_there_is_nothing_to_pin(replay, tmp_path, capsys):
+    rows = [row for row in shipped_rows() if row[0] != '/task_prompt']
+    golden = tmp_path / 'golden.npz'
+    run = replay(write_bag(tmp_path / 'bag', rows), '--record-golden', str(golden))
+    assert run.status == 2
+    assert 'nothing to pin' in capsys.readouterr().err
+    assert not golden.exists()
+
+
+def test_file_that_cannot_be_written_is_refused_before_the_replay(short_bag, tmp_path, capsys):
+    nowhere = tmp_path / 'nowhere' / 'actions.npz'
+    assert main(['replay', str(short_bag), '--actions', str(nowhere)]) == 2
+    found = capsys.readouterr()
+    assert f'cannot write {nowhere}' in found.err
+    assert not found.out
+
+
 def test_task_can_come_from_the_parameter(replay, tmp_path):
     rows = [row for row in shipped_rows() if row[0] != '/task_prompt']
     run = replay(write_bag(tmp_path / 'bag', rows), '-p', 'prompt:=lift the bowl')
@@ -341,7 +369,9 @@ def test_actions_of_a_broken_off_replay_are_saved(replay, tmp_path, monkeypatch)
 
     bag = write_bag(tmp_path / 'bag', shipped_rows())
     monkeypatch.setattr(Bag, 'messages', break_off)
-    run = replay(bag)
+    golden = tmp_path / 'golden.npz'
+    run = replay(bag, '--record-golden', str(golden))
     assert run.status == 2
+    assert not golden.exists()
     assert run.report['error'] == 'the file is damaged here'
     assert run.report['actions'] == len(ActionLog.load(run.actions).ticks) > 0
