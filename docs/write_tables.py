@@ -42,7 +42,8 @@ LEVELS = {
     'ERROR: the last transition failed.',
     'Inputs': 'WARN: too old, or no task. ERROR: missing, unusable, or its QoS does not match.',
     'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
-    'Action': 'WARN: some ticks of the last second did not act. ERROR: none did.',
+    'Action': 'WARN: some ticks of the last second did not act, or the clock stands still. '
+    'ERROR: none did.',
     'Model': 'always OK',
     'GPU': 'WARN: it slows itself down because of heat or power.',
 }

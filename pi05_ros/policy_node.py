@@ -168,10 +168,13 @@ class PolicyNode(ManagedNode):
 
     def _statuses(self) -> list[status.Status]:
         """Return every status; the parts that do not exist yet say so."""
-        statuses = [status.lifecycle_status(self._lifecycle_view())]
+        view = self._lifecycle_view()
+        statuses = [status.lifecycle_status(view)]
         if self._session is None:
             return statuses + [status.not_configured(part) for part in status.CONFIGURED_PARTS]
-        return statuses + self._session.statuses(self.lifecycle_state == 'active')
+        return statuses + self._session.statuses(
+            self.lifecycle_state == 'active', view.clock_stopped
+        )
 
     def _lifecycle_view(self) -> status.LifecycleView:
         now_ns = self.get_clock().now().nanoseconds

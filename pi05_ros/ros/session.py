@@ -195,7 +195,7 @@ class Session:
             self._record(result.chunk, tick_ms, result.observation_age_ms + tick_ms)
         return result
 
-    def statuses(self, is_active: bool) -> list[status.Status]:
+    def statuses(self, is_active: bool, clock_stopped: bool) -> list[status.Status]:
         """Return what there is to say about inputs, pipeline, actions, model and GPU."""
         inputs, settings = self._inputs, self.settings
         now_ns = self._node.get_clock().now().nanoseconds
@@ -215,7 +215,7 @@ class Session:
         return [
             of_inputs,
             status.pipeline_status(self.statistics, settings, info.stage_backends),
-            status.action_status(core, self.statistics, topic, is_active, now_ns),
+            status.action_status(core, self.statistics, topic, is_active, now_ns, clock_stopped),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
             self.running.gpu.status(),
         ]

@@ -78,6 +78,7 @@ def test_clock_that_stops_stops_the_ticks_but_not_the_diagnostics():
         b.until(
             lambda: 'the ROS clock stands still' in b.observer.message('Lifecycle'), send=False
         )
+        assert b.observer.message('Action') == 'no ticks: the ROS clock stands still'
         before = ticks()['ticks']
         seen = len(b.observer.diagnostics)
         b.until(lambda: len(b.observer.diagnostics) > seen, send=False)
