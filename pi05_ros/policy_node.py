@@ -94,7 +94,9 @@ class PolicyNode(ManagedNode):
         self._session.start()
         self._last_skip = None
         # On the ROS clock, so that the ticks of a simulation or a bag follow /clock.
-        self._tick_timer = self.create_timer(self._session.settings.period_ns / 1e9, self._tick)
+        settings = self._session.settings
+        self._tick_timer = self.create_timer(settings.period_ns / 1e9, self._tick)
+        self.get_logger().info(f'active: {self._session.aim} at {settings.rate_hz:g} Hz')
 
     def _disarm(self) -> None:
         if self._tick_timer is not None:

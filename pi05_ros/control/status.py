@@ -158,6 +158,11 @@ def pipeline_status(
     return Status('Pipeline', level, message, tuple(values))
 
 
+def aim(settings: NodeSettings, topic: str) -> str:
+    """Say where actions go, and whether they move a robot."""
+    return f'{"dry run" if settings.dry_run else "acting"} on {topic}'
+
+
 def action_status(
     core: ControlCore,
     statistics: TickStatistics,
@@ -173,8 +178,7 @@ def action_status(
     """
     settings, counters, last = core.settings, core.counters, core.last
     skip = last.skip if last is not None else None
-    kind = 'dry run' if settings.dry_run else 'acting'
-    level, message = OK, f'{kind} on {topic}' if is_active else 'not active'
+    level, message = OK, aim(settings, topic) if is_active else 'not active'
     if is_active and clock_stopped:
         level, message = WARN, 'no ticks: the ROS clock stands still'
     elif is_active and core.health:

@@ -150,6 +150,11 @@ class Session:
         if not self._feeds.wait(is_ready, READY_TIMEOUT_S):
             raise NotReadyError(f'an input is not ready: {skip}')
 
+    @property
+    def aim(self) -> str:
+        """In words, where the actions go."""
+        return status.aim(self.settings, self._running().output.topic)
+
     def start(self) -> None:
         """Count ticks and times from zero, and watch that actions come."""
         self._running().core.start()
