@@ -129,7 +129,7 @@ class Session:
         """Refuse to act while another node commands the robot, or an input is not there.
 
         Raises:
-            NotReadyError: names who publishes on the action topic, or the input.
+            NotReadyError: names who publishes on the action topic, the input, or the clock.
         """
         running = self._running()
         others = [] if self.settings.dry_run else running.output.other_publishers()
@@ -148,6 +148,11 @@ class Session:
             return skip is None
 
         if not self._feeds.wait(is_ready, READY_TIMEOUT_S):
+            if not self._node.get_clock().now().nanoseconds:
+                raise NotReadyError(
+                    'use_sim_time is true, but nothing comes on /clock; '
+                    'start the simulator, or play with --clock'
+                )
             raise NotReadyError(f'an input is not ready: {skip}')
 
     @property
