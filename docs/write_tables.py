@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this tree, not what is installed
 
 from pi05_ros.control import status
 from pi05_ros.control.core import ControlCore
@@ -42,7 +45,8 @@ LEVELS = {
     'ERROR: the last transition failed.',
     'Inputs': 'WARN: too old, or no task. ERROR: missing, unusable, or its QoS does not match.',
     'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
-    'Action': 'WARN: some ticks of the last second did not act. ERROR: none did.',
+    'Action': 'WARN: some ticks of the last second did not act, or the clock stands still. '
+    'ERROR: none did.',
     'Model': 'always OK',
     'GPU': 'WARN: it slows itself down because of heat or power.',
 }

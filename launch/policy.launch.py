@@ -20,9 +20,11 @@ from launch_ros.actions import LifecycleNode
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
+from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 from lifecycle_msgs.msg import Transition
 
-from pi05_ros.launch_arguments import ARGUMENTS, node_parameters
+from pi05_ros.control.parameter_file import NODE_NAME
+from pi05_ros.launch_arguments import ARGUMENTS, check_params_file, node_parameters
 from pi05_ros.transport import profile_environment
 
 
@@ -44,6 +46,7 @@ def _start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     # Read here, not by conditions later on: when this file is included, those would be evaluated
     # in the scope of the including file.
     values = {a.name: context.launch_configurations[a.name] for a in ARGUMENTS}
+    check_params_file(values['params_file'], _full_name(context, values['namespace']))
     node = LifecycleNode(
         package='pi05_ros',
         executable='policy_node',
@@ -56,6 +59,14 @@ def _start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         emulate_tty=True,
     )
     return [*(_autostart(node) if values['autostart'] == 'true' else []), node]
+
+
+def _full_name(context: LaunchContext, namespace: str) -> str:
+    # An including file may push a namespace.
+    pushed = context.launch_configurations.get('ros_namespace')
+    return (
+        f'{make_namespace_absolute(prefix_namespace(pushed, namespace)).rstrip("/")}/{NODE_NAME}'
+    )
 
 
 def _overrides(values: dict[str, str]) -> list[dict[str, ParameterValue]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pi05_ros.control.parameter_file import read_parameter_file
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.resources import config_dir, demo_bag
 from pi05_ros.transport import DEFAULT_PROFILE
@@ -120,3 +121,21 @@ def node_parameters(values: Mapping[str, str]) -> dict[str, str | bool]:
         else:
             raise Pi05Error(f'{argument.name}:={value}: expected true or false')
     return overrides
+
+
+def check_params_file(path: str, node_name: str) -> None:
+    """Refuse a parameter file that would be passed over.
+
+    launch only warns of one that is missing, and ROS is silent on one without a section for the
+    node: both would start with the defaults, the limits included.
+
+    Args:
+        node_name: with its namespace.
+    Raises:
+        Pi05Error: the file cannot be read, or no section of it is for the node.
+    """
+    if not read_parameter_file(path, node_name):
+        raise Pi05Error(
+            f'{path}: no section for {node_name}; expected "/**:" or "{node_name}:", and '
+            f'"ros__parameters:" below it'
+        )

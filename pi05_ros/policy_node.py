@@ -96,7 +96,9 @@ class PolicyNode(ManagedNode):
         self._session.start()
         self._last_skip = None
         # On the ROS clock, so that the ticks of a simulation or a bag follow /clock.
-        self._tick_timer = self.create_timer(self._session.settings.period_ns / 1e9, self._tick)
+        settings = self._session.settings
+        self._tick_timer = self.create_timer(settings.period_ns / 1e9, self._tick)
+        self.get_logger().info(f'active: {self._session.aim} at {settings.rate_hz:g} Hz')
 
     def _disarm(self) -> None:
         if self._tick_timer is not None:
@@ -170,10 +172,13 @@ class PolicyNode(ManagedNode):
 
     def _statuses(self) -> list[status.Status]:
         """Return every status; the parts that do not exist yet say so."""
-        statuses = [status.lifecycle_status(self._lifecycle_view())]
+        view = self._lifecycle_view()
+        statuses = [status.lifecycle_status(view)]
         if self._session is None:
             return statuses + [status.not_configured(part) for part in status.CONFIGURED_PARTS]
-        return statuses + self._session.statuses(self.lifecycle_state == 'active')
+        return statuses + self._session.statuses(
+            self.lifecycle_state == 'active', view.clock_stopped
+        )
 
     def _lifecycle_view(self) -> status.LifecycleView:
         now_ns = self.get_clock().now().nanoseconds

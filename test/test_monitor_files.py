@@ -1,18 +1,30 @@
-"""The files for rqt_robot_monitor, rqt and PlotJuggler name what the node really publishes."""
+"""The files for other tools name what the node really publishes, and ask for."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
+import struct
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    QoSCompatibility,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_check_compatible,
+)
 
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.control.status import CONFIGURED_PARTS
+from pi05_ros.control.topics import TASK_PROMPT, InputTopic
 from pi05_ros.msg import StageTiming
+from pi05_ros.ros.subscriptions import input_qos
 
 pytestmark = pytest.mark.ros
 
@@ -60,6 +72,37 @@ def test_perspective_opens_the_monitor_and_plots_numbers_of_the_timing():
     topics = perspective_keys(plot)['topics']
     assert len(topics) > 1  # rqt stores a list of one as a plain string
     assert set(topics) <= PLOTTABLE
+
+
+def test_perspective_opens_wide_enough_to_read_and_shows_ten_seconds():
+    document = json.loads((CONFIG / 'pi05_ros.perspective').read_text('utf-8'))
+    plot = document['groups']['pluginmanager']['groups']['plugin__rqt_plot__Plot__1']
+    keys = perspective_keys(plot['groups']['plugin'])
+    # rqt_plot stores limits as text.
+    assert [float(limit) for limit in keys['x_limits']] == [0.0, 10.0]
+    assert float(keys['y_limits'][0]) == 0.0
+    geometry = document['groups']['mainwindow']['keys']['geometry']
+    assert geometry['type'] == 'repr(QByteArray.hex)'
+    (found,) = re.findall(r"^QtCore\.QByteArray\(b'([0-9a-f]+)'\)$", geometry[geometry['type']])
+    # Qt's saveGeometry: magic, version 3.0, then the frame's rectangle (inclusive corners).
+    magic, major, _, left, top, right, bottom = struct.unpack_from('>IHH4i', bytes.fromhex(found))
+    assert (magic, major) == (0x1D9D0CB, 3)
+    assert (right - left + 1, bottom - top + 1) == (1280, 800)
+
+
+def test_bag_play_offers_the_task_as_the_node_asks_for_it():
+    (overrides,) = yaml.safe_load((CONFIG / 'bag_play_qos.yaml').read_text('utf-8')).items()
+    topic, profile = overrides
+    assert topic == f'/{TASK_PROMPT}'
+    offered = QoSProfile(
+        depth=profile['depth'],
+        history=HistoryPolicy.get_from_short_key(profile['history']),
+        reliability=ReliabilityPolicy.get_from_short_key(profile['reliability']),
+        durability=DurabilityPolicy.get_from_short_key(profile['durability']),
+    )
+    wanted = input_qos(InputTopic(TASK_PROMPT, TASK_PROMPT, '', 'reliable', latched=True))
+    verdict, why = qos_check_compatible(offered, wanted)
+    assert verdict != QoSCompatibility.ERROR, why
 
 
 def test_plotjuggler_plots_every_time_of_the_timing():

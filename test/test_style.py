@@ -31,6 +31,7 @@ TEXTS = sorted(
     for folder, pattern in (('.', '*'), *((folder, '**/*') for folder in FOLDERS))
     for path in (ROOT / folder).glob(pattern)
     if path.is_file() and path.suffix in TEXT_SUFFIXES and '__pycache__' not in path.parts
+    if path.name != '.git'  # a file where the checkout is a worktree
 )
 
 

@@ -149,10 +149,11 @@ def pipeline_status(
     level, message = OK, f'backend {"/".join(dict.fromkeys(stage_backends.values()))}'
     if len(tick):
         message = f'tick {tick.percentile(50):.1f} ms of {period_ms:.1f} ms; {message}'
+        # First what is wrong: a monitor shows the beginning of the line.
         if tick.percentile(50) > period_ms:
-            level, message = ERROR, f'{message}; the median tick is longer than the period'
+            level, message = ERROR, f'ticks take longer than the period: {message}'
         elif tick.percentile(99) > period_ms:
-            level, message = WARN, f'{message}; 1 % of the ticks are longer than the period'
+            level, message = WARN, f'1 % of the ticks take longer than the period: {message}'
     values = [('backend asked', settings.backend)]
     values += [(f'{stage} backend', backend) for stage, backend in stage_backends.items()]
     for name, window in (*statistics.stages.items(), ('tick', tick)):
@@ -160,15 +161,30 @@ def pipeline_status(
     return Status('Pipeline', level, message, tuple(values))
 
 
+def aim(settings: NodeSettings, topic: str) -> str:
+    """Say where actions go, and whether they move a robot."""
+    return f'{"dry run" if settings.dry_run else "acting"} on {topic}'
+
+
 def action_status(
-    core: ControlCore, statistics: TickStatistics, topic: str, is_active: bool, now_ns: int
+    core: ControlCore,
+    statistics: TickStatistics,
+    topic: str,
+    is_active: bool,
+    now_ns: int,
+    clock_stopped: bool = False,
 ) -> Status:
-    """Say whether actions go out, how old they are, and what kept ticks from acting."""
+    """Say whether actions go out, how old they are, and what kept ticks from acting.
+
+    Args:
+        clock_stopped: nothing ticks, so what the last ticks did says nothing of the present.
+    """
     settings, counters, last = core.settings, core.counters, core.last
     skip = last.skip if last is not None else None
-    kind = 'dry run' if settings.dry_run else 'acting'
-    level, message = OK, f'{kind} on {topic}' if is_active else 'not active'
-    if is_active and core.health:
+    level, message = OK, aim(settings, topic) if is_active else 'not active'
+    if is_active and clock_stopped:
+        level, message = WARN, 'no ticks: the ROS clock stands still'
+    elif is_active and core.health:
         level, acted = core.health, sum(core.recent)
         why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'

@@ -62,6 +62,8 @@ class NodeParameters:
         for name, spec in self._table.items():
             self._declare(spec, overrides.pop(name, None))
         for name in overrides:
+            if 'robot' in self._problems and name.startswith('cameras.'):
+                continue  # whose cameras they are meant for is not known
             self._problems[name] = str(unknown_parameter(name, self._table))
         # A set of a wrong type, out of range or of a read-only parameter is refused by rclpy
         # itself, with the reason, as the descriptors say.

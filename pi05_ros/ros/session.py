@@ -138,7 +138,7 @@ class Session:
         """Refuse to act while another node commands the robot, or an input is not there.
 
         Raises:
-            NotReadyError: names who publishes on the action topic, or the input.
+            NotReadyError: names who publishes on the action topic, the input, or the clock.
         """
         running = self._running()
         others = [] if self.settings.dry_run else running.output.other_publishers()
@@ -157,7 +157,17 @@ class Session:
             return skip is None
 
         if not self._feeds.wait(is_ready, READY_TIMEOUT_S):
+            if not self._node.get_clock().now().nanoseconds:
+                raise NotReadyError(
+                    'use_sim_time is true, but nothing comes on /clock; '
+                    'start the simulator, or play with --clock'
+                )
             raise NotReadyError(f'an input is not ready: {skip}')
+
+    @property
+    def aim(self) -> str:
+        """In words, where the actions go."""
+        return status.aim(self.settings, self._running().output.topic)
 
     def start(self) -> None:
         """Count ticks and times from zero, and watch that actions come."""
@@ -214,7 +224,7 @@ class Session:
             self.statistics.record(result.chunk, times.tick_ms, times.sensor_to_action_ms)
         return result
 
-    def statuses(self, is_active: bool) -> list[status.Status]:
+    def statuses(self, is_active: bool, clock_stopped: bool) -> list[status.Status]:
         """Return what there is to say about inputs, pipeline, actions, model and GPU."""
         inputs, settings = self._inputs, self.settings
         now_ns = self._node.get_clock().now().nanoseconds
@@ -236,7 +246,7 @@ class Session:
         return [
             of_inputs,
             status.pipeline_status(self.statistics, settings, info.stage_backends),
-            status.action_status(core, self.statistics, topic, is_active, now_ns),
+            status.action_status(core, self.statistics, topic, is_active, now_ns, clock_stopped),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
             self.running.gpu.status(),
         ]

@@ -344,6 +344,7 @@ def _qos_remedy(topic: InputTopic, publisher: Any) -> str:
     if topic.latched and offered.durability == DurabilityPolicy.VOLATILE:
         return (
             'it offers volatile; publish it latched '
-            '(ros2 topic pub --qos-durability transient_local --qos-reliability reliable)'
+            '(ros2 topic pub --qos-durability transient_local --qos-reliability reliable; '
+            'ros2 bag play --qos-profile-overrides-path .../config/bag_play_qos.yaml)'
         )
     return f'it offers {offered}'

@@ -171,11 +171,15 @@ def test_pipeline_text():
 
 
 @pytest.mark.parametrize(
-    ('tick_ms', 'level'),
-    [([40.0] * 200, OK), ([40.0] * 196 + [60.0] * 4, WARN), ([60.0] * 200, ERROR)],
+    ('tick_ms', 'level', 'begin'),
+    [
+        ([40.0] * 200, OK, 'tick 40.0 ms of 50.0 ms'),
+        ([40.0] * 196 + [60.0] * 4, WARN, '1 % of the ticks take longer than the period: tick 40'),
+        ([60.0] * 200, ERROR, 'ticks take longer than the period: tick 60.0 ms of 50.0 ms'),
+    ],
     ids=['in time', 'p99 too long', 'p50 too long'],
 )
-def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level):
+def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level, begin):
     rig = Rig()
     chunk = rig.fresh_tick().chunk
     assert chunk is not None
@@ -183,7 +187,9 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level):
     statistics = TickStatistics()
     for value in tick_ms:
         statistics.record(chunk, value, value)
-    assert status.pipeline_status(statistics, rig.settings, BACKENDS).level == level
+    found = status.pipeline_status(statistics, rig.settings, BACKENDS)
+    assert found.level == level
+    assert found.message.startswith(begin)
 
 
 def test_action_text():
@@ -233,6 +239,18 @@ def test_action_is_an_error_when_no_tick_acts():
     found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
+
+
+@pytest.mark.parametrize(
+    ('is_active', 'expected'),
+    [(True, (WARN, 'no ticks: the ROS clock stands still')), (False, (OK, 'not active'))],
+)
+def test_action_does_not_speak_of_past_ticks_when_the_clock_stands_still(is_active, expected):
+    rig, statistics = acting_rig()
+    found = status.action_status(
+        rig.core, statistics, '/commands', is_active, rig.now_ns, clock_stopped=True
+    )
+    assert (found.level, found.message) == expected
 
 
 def test_action_is_quiet_while_not_active():

@@ -10,7 +10,12 @@ import pytest
 
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.control.parameters import PARAMETERS, is_ros_own
-from pi05_ros.launch_arguments import ARGUMENTS, DEMO_ARGUMENTS, node_parameters
+from pi05_ros.launch_arguments import (
+    ARGUMENTS,
+    DEMO_ARGUMENTS,
+    check_params_file,
+    node_parameters,
+)
 from pi05_ros.model.errors import Pi05Error
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +110,27 @@ def test_a_boolean_is_spelt_one_way(word):
     """A robot must not move because 'False' was not understood as false."""
     with pytest.raises(Pi05Error, match=f'dry_run:={word}: expected true or false'):
         node_parameters({**DEFAULTS, 'dry_run': word})
+
+
+@pytest.mark.parametrize(
+    ('section', 'node_name'),
+    [
+        ('/**', '/pi05_policy'),
+        ('pi05_policy', '/pi05_policy'),
+        ('/left/pi05_policy', '/left/pi05_policy'),
+    ],
+)
+def test_a_parameter_file_for_the_node_is_taken(tmp_path, section, node_name):
+    path = tmp_path / 'params.yaml'
+    path.write_text(f'{section}:\n  ros__parameters:\n    rate_hz: 5.0\n')
+    check_params_file(str(path), node_name)
+
+
+def test_a_parameter_file_that_would_be_passed_over_is_refused(tmp_path):
+    missing = tmp_path / 'missing.yaml'
+    with pytest.raises(Pi05Error, match=r'missing\.yaml: not a readable parameter file'):
+        check_params_file(str(missing), '/pi05_policy')
+    other = tmp_path / 'other.yaml'
+    other.write_text('/left/pi05_policy:\n  ros__parameters:\n    rate_hz: 5.0\n')
+    with pytest.raises(Pi05Error, match=r'other\.yaml: no section for /right/pi05_policy;'):
+        check_params_file(str(other), '/right/pi05_policy')

@@ -62,6 +62,7 @@ def test_real_checkpoint_acts_and_sigint_ends_the_active_node(start, checkpoint)
     b = start(checkpoint=checkpoint, prompt=f'"{TASK}"', rate_hz=5.0, max_image_age_ms=1000.0)
     assert b.change_state(CONFIGURE)
     assert b.change_state(ACTIVATE)
+    assert 'active: dry run on /pi05_policy/dry_run/action_chunk at 5 Hz' in b.log_text()
     b.until(lambda: len(b.observer.chunks) >= 3)
     chunk = b.observer.chunks[-1]
     assert chunk.prompt == TASK

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from helpers import Bench, SmallPolicy, bench
 from rclpy.executors import Executor
+from rclpy.lifecycle import TransitionCallbackReturn
 from rosgraph_msgs.msg import Clock
 
 from pi05_ros.policy.robot import load_robot
@@ -78,11 +79,19 @@ def test_clock_that_stops_stops_the_ticks_but_not_the_diagnostics():
         b.until(
             lambda: 'the ROS clock stands still' in b.observer.message('Lifecycle'), send=False
         )
+        assert b.observer.message('Action') == 'no ticks: the ROS clock stands still'
         before = ticks()['ticks']
         seen = len(b.observer.diagnostics)
         b.until(lambda: len(b.observer.diagnostics) > seen, send=False)
         assert ticks()['ticks'] == before
         assert b.observer.values('Lifecycle')['clock'] == 'simulated'
+
+
+def test_activation_without_any_clock_names_the_clock():
+    with bench(SmallPolicy(load_robot('franka')), {'use_sim_time': True}) as b:
+        assert b.configure(), b.node.last_error
+        assert b.node.trigger_activate() != TransitionCallbackReturn.SUCCESS
+        assert 'nothing comes on /clock' in b.node.last_error
 
 
 def test_bag_that_starts_again_is_followed():

@@ -85,6 +85,14 @@ def test_wrong_overrides_are_refused_when_settings_are_asked_for(override, match
         holder.parameters.settings()
 
 
+def test_cameras_of_a_robot_that_does_not_exist_are_not_reported_as_well():
+    holder = Holder('-p', 'robot:=r2d2', '-p', 'cameras.base.transport:=raw')
+    with pytest.raises(ParameterError) as caught:
+        holder.parameters.settings()
+    assert 'r2d2' in str(caught.value)
+    assert 'cameras' not in str(caught.value)
+
+
 def test_cameras_are_those_of_the_robot():
     holder = Holder('-p', 'robot:=droid', '-p', 'cameras.exterior.transport:=compressed')
     assert holder.parameters.settings().camera('exterior').transport == 'compressed'
