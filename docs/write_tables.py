@@ -108,7 +108,7 @@ def diagnostics_statuses() -> list[status.Status]:
         status.lifecycle_status(view),
         status.inputs_status(inputs, settings, 0, {}, {}),
         status.pipeline_status(statistics, settings, info.stage_backends),
-        status.action_status(core, statistics, '', True, 0),
+        status.action_status(core, statistics, '', True, 0, 0),
         status.model_status(info.as_dict(), settings, ''),
         gpu_status('cuda:0', GpuReading('', '')),
     ]

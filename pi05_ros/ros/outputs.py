@@ -191,6 +191,11 @@ class ActionOutput:
         """Where the actions go, after namespace and remapping."""
         return self._publisher.topic_name
 
+    @property
+    def listeners(self) -> int:
+        """How many subscribe to the topic."""
+        return self._publisher.get_subscription_count()
+
     def publish(self, chunk: ActionChunk) -> None:
         """Encode the whole chunk, then send it: a failure in between sends nothing."""
         message = self._encode(chunk)

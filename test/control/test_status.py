@@ -188,7 +188,7 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level):
 def test_action_text():
     rig, statistics = acting_rig()
     assert_text(
-        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns),
+        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1),
         """
         [OK] Action: dry run on /commands
           Target frequency (Hz): 20.0
@@ -216,7 +216,7 @@ def test_action_says_what_keeps_ticks_from_acting():
     rig, statistics = acting_rig()
     rig.now_ns += 200 * MS
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
     assert found.level == WARN
     assert found.message == (
         '3 of the last 7 ticks acted; stale_input: base image 210 ms old > 100 ms'
@@ -229,7 +229,7 @@ def test_action_is_an_error_when_no_tick_acts():
     rig.core.start()
     rig.inputs.clear()
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
 
@@ -237,7 +237,7 @@ def test_action_is_an_error_when_no_tick_acts():
 def test_action_is_quiet_while_not_active():
     rig, statistics = acting_rig()
     rig.core.start()
-    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns, 1)
     assert (found.level, found.message) == (OK, 'not active')
 
 
