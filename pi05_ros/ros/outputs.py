@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
+from rclpy.duration import Duration as Patience
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float64MultiArray
@@ -23,6 +24,8 @@ from pi05_ros.policy.types import ActionChunk
 # A late action must not queue behind a later one.
 ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 NS_PER_S = 1_000_000_000
+# A subscriber whose machine is gone must not keep the node from ending.
+_LAST_COMMAND_PATIENCE = Patience(seconds=1)
 
 _POSITION_KINDS = ('joint_position', 'gripper_position')
 _CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
@@ -243,7 +246,14 @@ class ActionOutput:
         return sorted(names)
 
     def destroy(self) -> None:
-        """Remove the publisher."""
+        """Remove the publisher, once the last command has arrived.
+
+        What is still under way goes with its publisher: the hold of a process that ends.
+        """
+        if not self._publisher.wait_for_all_acked(_LAST_COMMAND_PATIENCE):
+            self._node.get_logger().warning(
+                f'{self.topic}: a subscriber has not confirmed the last command'
+            )
         self._node.destroy_lifecycle_publisher(self._publisher)
 
     def _encode(self, chunk: ActionChunk) -> JointTrajectory | Float64MultiArray | msg.ActionChunk:

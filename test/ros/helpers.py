@@ -279,7 +279,9 @@ class Watch:
 
     def request_state(self, transition: int) -> Future:
         """Ask for a transition through the node's service, as ``ros2 lifecycle`` does."""
-        client = self.observer.node.create_client(ChangeState, f'/{self.observer.name}/change_state')
+        client = self.observer.node.create_client(
+            ChangeState, f'/{self.observer.name}/change_state'
+        )
         request = ChangeState.Request()
         request.transition.id = transition
         self.until(client.service_is_ready)

@@ -16,11 +16,13 @@ from pathlib import Path
 import rclpy
 from helpers import Observer, Watch
 from lifecycle_msgs.msg import Transition
+from rclpy.parameter import Parameter
+from rclpy.parameter_client import AsyncParameterClient
 from rclpy.qos import QoSProfile
 from sensors_process import POSE
 from std_msgs.msg import Float64MultiArray
 
-from pi05_ros.tools.processes import Children, Child
+from pi05_ros.tools.processes import Child, Children
 
 HERE = Path(__file__).parent
 NODE = (sys.executable, '-m', 'pi05_ros.policy_node')
@@ -92,7 +94,7 @@ class Seen:
 
 
 class FaultBench(Watch):
-    """One node under test; commands go to ``/commands`` unless it runs dry."""
+    """One node under test; it commands ``commands`` in its namespace."""
 
     def __init__(self, node: Child, namespace: str = '') -> None:
         observer = Observer(
@@ -101,12 +103,13 @@ class FaultBench(Watch):
         super().__init__(observer.listen())
         self.node = node
         self.commands: list[tuple[float, ...]] = []
+        self._topic = f'{namespace}/commands'
         self.listen_to_commands()
 
     def listen_to_commands(self) -> None:
         self.commands_from = self.observer.node.create_subscription(
             Float64MultiArray,
-            '/commands',
+            self._topic,
             lambda message: self.commands.append(tuple(message.data)),
             QoSProfile(depth=100),
         )
@@ -115,7 +118,17 @@ class FaultBench(Watch):
         return f'{super().describe()}\n{self.node.tail()}'
 
     def configure(self) -> bool:
+        # The service of a process that ended just now may still look as if it were there.
+        self.until_said('Lifecycle', 'unconfigured')
         return self.change_state(Transition.TRANSITION_CONFIGURE)
+
+    def set_task(self, task: str) -> None:
+        """Set the parameter, as ``ros2 param set`` does."""
+        client = AsyncParameterClient(self.observer.node, f'/{self.observer.name}')
+        self.until(client.services_are_ready)
+        future = client.set_parameters([Parameter('prompt', value=task)])
+        self.until(future.done)
+        assert future.result().results[0].successful
 
     def start(self) -> None:
         """Configure and activate."""
