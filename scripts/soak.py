@@ -191,7 +191,8 @@ class Soak:
                 lost=sum(int(count) for count in lost if count.isdecimal()),
             )
         )
-        self._console.print(line_of(self.samples[-1]), markup=False, highlight=False)
+        line = line_of(self.samples[-1])
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _check_children(self) -> None:
         for child in self._group.running:

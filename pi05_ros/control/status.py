@@ -178,12 +178,12 @@ def action_status(
     skip = last.skip if last is not None else None
     kind = 'dry run' if settings.dry_run else 'acting'
     level, message = OK, f'{kind} on {topic}' if is_active else 'not active'
-    if is_active and not listeners and not settings.dry_run:
-        level, message = WARN, f'{message}, but nobody subscribes to it'
     if is_active and core.health:
         level, acted = core.health, sum(core.recent)
         why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
+    if is_active and not listeners and not settings.dry_run:
+        level, message = max(level, WARN), f'{message}; nobody subscribes to {topic}'
     by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
     clipped = ', '.join(f'{name}={count}' for name, count in sorted(core.guard.clips.items()))
     values = [

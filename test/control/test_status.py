@@ -131,6 +131,22 @@ def test_missing_task_is_a_warning():
     assert (found.level, found.message[:7]) == (WARN, 'no task')
 
 
+def test_stamp_from_the_future_is_a_warning():
+    rig, _ = acting_rig()
+    rig.image('wrist', age_ms=-10_000)
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    assert found.level == WARN
+    assert found.message == 'wrist image stamped 10000 ms in the future > 50 ms'
+
+
+def test_cameras_apart_are_a_warning():
+    rig, _ = acting_rig()
+    rig.image('wrist', age_ms=80)
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    assert found.level == WARN
+    assert found.message == 'wrist image is 70 ms older than base image > 50 ms'
+
+
 def test_pipeline_text():
     _, statistics = acting_rig()
     assert_text(
@@ -232,6 +248,23 @@ def test_action_is_an_error_when_no_tick_acts():
     found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
+
+
+@pytest.mark.parametrize(
+    ('dry_run', 'listeners', 'level', 'message'),
+    [
+        (False, 1, OK, 'acting on /commands'),
+        (False, 0, WARN, 'acting on /commands; nobody subscribes to /commands'),
+        (True, 0, OK, 'dry run on /commands'),
+    ],
+)
+def test_commands_that_nobody_hears_are_a_warning(dry_run, listeners, level, message):
+    rig = Rig(dry_run=dry_run)
+    rig.fresh_tick()
+    found = status.action_status(
+        rig.core, TickStatistics(), '/commands', True, rig.now_ns, listeners
+    )
+    assert (found.level, found.message) == (level, message)
 
 
 def test_action_is_quiet_while_not_active():

@@ -98,7 +98,8 @@ class FaultBench(Watch):
 
     def __init__(self, node: Child, namespace: str = '') -> None:
         observer = Observer(
-            rclpy.create_node('observer'), name=f'{namespace}/pi05_policy'.lstrip('/')
+            rclpy.create_node('observer', enable_rosout=False),
+            name=f'{namespace}/pi05_policy'.lstrip('/'),
         )
         super().__init__(observer.listen())
         self.node = node

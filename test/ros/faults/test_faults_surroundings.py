@@ -44,7 +44,7 @@ def test_full_disk_costs_the_log_file_and_nothing_else(bay, table):
     node.until(node.is_holding)
     sensors.change('wrist', running=True)
     node.until_acting()
-    said = node.until_said('Action', '^acting on /commands$')
+    said = node.until_said('Inputs', '^all inputs fresh$')
     deed = node.deed(before)
     exit_code = node.stop(signal.SIGTERM)
     assert exit_code == 0
