@@ -43,6 +43,8 @@ MESSAGE_TYPES: dict[str, type] = {
 Taken = tuple[bytes, Mapping[str, Any]]
 # A sender that is faster than this loop must not hold up the tick.
 MAX_TAKES = 16
+# What the graph says of a node that was discovered by its topics before it told its name.
+_UNKNOWN_NAME = '_NODE_NAME_UNKNOWN_'
 
 
 class Push(Protocol):
@@ -295,14 +297,15 @@ def find_mismatch(node: Node, topic: InputTopic, resolved: str) -> str:
 def find_rivals(node: Node, topic: InputTopic, resolved: str) -> str:
     """Say that images of several nodes come mixed on one topic; empty if they do not.
 
-    A camera that was killed stays in the graph for a while beside its successor of the same name;
-    joint states may come from several broadcasters.
+    A camera that was killed stays in the graph for a while beside its successor of the same name,
+    and one that comes has no name at first; joint states may come from several broadcasters.
     """
     if topic.type_name not in ('sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'):
         return ''
     names = {
         f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
         for publisher in node.get_publishers_info_by_topic(resolved)
+        if publisher.node_name != _UNKNOWN_NAME
     }
     if len(names) < 2:
         return ''

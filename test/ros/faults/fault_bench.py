@@ -143,9 +143,9 @@ class FaultBench(Watch):
         self.until(lambda: not self.node.group_exists())
         return self.node.exit_code
 
-    def is_holding(self, scale: float = 1.0) -> bool:
+    def is_holding(self) -> bool:
         """Whether the newest command is the measured position; an action never is, to the bit."""
-        return bool(self.commands) and self.commands[-1][:7] == tuple(scale * q for q in ARM)
+        return bool(self.commands) and self.commands[-1][:7] == ARM
 
     def counts(self) -> dict[str, int]:
         """Return the newest counters; they are consistent whatever happened."""
@@ -159,13 +159,7 @@ class FaultBench(Watch):
     def until_acting(self) -> None:
         """Wait for a new action, and for diagnostics that know of it."""
         sent, actions = len(self.commands), self.counts().get('actions', -1)
-        chunks = len(self.observer.chunks)
-        self.until(
-            lambda: (
-                (len(self.commands) > sent and not self.is_holding())
-                or len(self.observer.chunks) > chunks
-            )
-        )
+        self.until(lambda: len(self.commands) > sent and not self.is_holding())
         self.until(lambda: self.counts().get('actions', -1) > actions)
 
     def seen(self) -> Seen:
@@ -188,7 +182,8 @@ class FaultBench(Watch):
             for name, count in sorted(new.items())
             if count and name not in ('ticks', 'actions', 'skipped')
         )
-        did = [f'skipped {new["skipped"]} ticks: {reasons}'] if new['skipped'] else []
+        skipped = new['skipped']
+        did = [f'skipped {skipped} tick{"s" * (skipped > 1)}: {reasons}'] if skipped else []
         held = any(command[:7] == ARM for command in self.commands[before.commands :])
         return '; '.join([*did, 'held'] if held else did) or 'went on acting'
 

@@ -64,12 +64,11 @@ class JointSource:
     running: bool = True
     rate_hz: float = 50.0
     backwards: bool = False
-    scale: float = 1.0
 
     def message(self, now_ns: int) -> JointState:
         names = list(POSE)[:: -1 if self.backwards else 1]
         message = JointState(name=names)
-        message.position = [POSE[name] * self.scale for name in names]
+        message.position = [POSE[name] for name in names]
         stamp(message, now_ns)
         return message
 

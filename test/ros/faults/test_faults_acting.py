@@ -158,16 +158,17 @@ def test_joint_publisher_that_comes_back_with_another_order_is_read_by_name(node
 def test_second_camera_on_the_topic_is_named(node, bay, table):
     before = node.seen()
     other = bay.sensors('other_camera', 'camera:wrist')
-    said = node.until_said('Inputs', 'both publish on')
-    assert said == (
+    rivals = (
         '/hand_camera and /other_camera both publish on /camera/wrist/image_raw; '
         'stop one, or remap it'
     )
+    said = node.until_said('Inputs', rivals)
+    assert said.startswith(rivals)
     assert node.observer.status('Inputs').level == b'\x02'
     deed = node.deed(before)
     other.close()
     node.until_said('Inputs', 'all inputs fresh')
-    table.add('second publisher on a camera topic', deed, said, 'yes, without it')
+    table.add('second publisher on a camera topic', deed, rivals, 'yes, without it')
 
 
 def test_controller_that_goes_is_told(node, table):
