@@ -116,10 +116,12 @@ class PolicyNode(ManagedNode):
         try:
             session.close()
         except Exception as error:
+            # Freeing may be the first call that CUDA answers with the cause of a failed tick.
+            explained = self._device_watch.explain(error)
             if not self._device_watch.lost:
                 raise
             # The driver frees the memory when the process ends, and not before.
-            self.get_logger().warning(f'not freed: {first_line(error)}')
+            self.get_logger().warning(f'not freed: {first_line(explained)}')
 
     def _tick(self) -> None:
         session = self._session

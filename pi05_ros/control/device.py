@@ -67,8 +67,9 @@ class DeviceWatch:
         traceback.clear_frames(error.__traceback__)
         found = f'{type(error).__name__}: {first_line(error)}'
         if is_fatal(error):
-            self.lost = f'CUDA is dead in this process ({found}); restart the process of the node'
-            return DeviceLostError(self.lost)
+            remedy = 'restart the process of the node'
+            self.lost = self.lost or f'CUDA is dead in this process ({found}); {remedy}'
+            return DeviceLostError(self.lost)  # the first cause; all later ones follow from it
         if _OUT_OF_MEMORY in str(error) and not isinstance(error, Pi05Error):
             return DeviceMemoryError(
                 f'the GPU has too little memory ({found}); end what else uses it, configure again'

@@ -37,6 +37,14 @@ def test_dead_context_is_remembered_and_no_gpu_used_again(error):
     watch.check('cpu')
 
 
+def test_first_cause_is_kept():
+    watch = DeviceWatch()
+    watch.explain(RuntimeError(f'CUDA error: {ILLEGAL}'))
+    later = watch.explain(RuntimeError('CUDA error: unknown error'))
+    assert ILLEGAL in str(later)
+    assert str(later) == watch.lost
+
+
 @pytest.mark.parametrize(
     'error',
     [
