@@ -58,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-jazzy build dist *.egg-info demo_output .pytest_cache .mypy_cache \
+	rm -rf .venv .venv-jazzy build dist *.egg-info demo_output soak_output .pytest_cache .mypy_cache \
 	    .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

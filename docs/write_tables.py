@@ -43,10 +43,11 @@ _TABLE = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)', re.D
 LEVELS = {
     'Lifecycle': 'WARN: a transition is running, or the clock stands still. '
     'ERROR: the last transition failed.',
-    'Inputs': 'WARN: too old, or no task. ERROR: missing, unusable, or its QoS does not match.',
+    'Inputs': 'WARN: too old, from the future, cameras apart, or no task. ERROR: missing, '
+    'unusable, its QoS does not match, or two nodes publish one camera.',
     'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
-    'Action': 'WARN: some ticks of the last second did not act, or the clock stands still. '
-    'ERROR: none did.',
+    'Action': 'WARN: some ticks of the last second did not act, nobody subscribes to the '
+    'commands, or the clock stands still. ERROR: none did.',
     'Model': 'always OK',
     'GPU': 'WARN: it slows itself down because of heat or power.',
 }
@@ -112,7 +113,7 @@ def diagnostics_statuses() -> list[status.Status]:
         status.lifecycle_status(view),
         status.inputs_status(inputs, settings, 0, {}, {}, 'direct'),
         status.pipeline_status(statistics, settings, info.stage_backends),
-        status.action_status(core, statistics, '', True, 0),
+        status.action_status(core, statistics, '', True, 0, 0),
         status.model_status(info.as_dict(), settings, ''),
         gpu_status('cuda:0', GpuReading('', '')),
     ]

@@ -16,6 +16,7 @@ from std_srvs.srv import Trigger
 
 from pi05_ros.control import status
 from pi05_ros.control.clock import ClockWatch
+from pi05_ros.control.device import DeviceWatch, first_line
 from pi05_ros.control.loading import check_settings, load
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.control.parameters import NodeSettings
@@ -56,6 +57,7 @@ class PolicyNode(ManagedNode):
         self._last_skip: Skip | None = None
         self._progress = ''
         self._clock_watch = ClockWatch()
+        self._device_watch = DeviceWatch()
         self._converter = find_converter()
         self._environment = environment(self, self._converter)
         self._log_handler = RosLogHandler(self.get_logger())
@@ -82,10 +84,14 @@ class PolicyNode(ManagedNode):
     def _setup(self) -> None:
         settings = self._node_parameters.settings()
         self._report_progress('checking the files')
+        self._device_watch.check(settings.device)
         robot = check_settings(settings)
         check_carries(settings.action_interface, robot)
         self._session = Session(self, settings, robot, self._converter.decode)
-        self._session.open(self._load_policy, self._report_progress)
+        try:
+            self._session.open(self._load_policy, self._report_progress)
+        except Exception as error:
+            raise self._device_watch.explain(error) from None
         assert self._session.running is not None
         self._session.set_estop(self._estopped)
         self._diagnostics.hardware_id = hardware_id(self._session.running.policy.info.device)
@@ -109,8 +115,17 @@ class PolicyNode(ManagedNode):
 
     def _teardown(self) -> None:
         session, self._session = self._session, None
-        if session is not None:
+        if session is None:
+            return
+        try:
             session.close()
+        except Exception as error:
+            # Freeing may be the first call that CUDA answers with the cause of a failed tick.
+            explained = self._device_watch.explain(error)
+            if not self._device_watch.lost:
+                raise
+            # The driver frees the memory when the process ends, and not before.
+            self.get_logger().warning(f'not freed: {first_line(explained)}')
 
     def _tick(self) -> None:
         session = self._session
@@ -125,7 +140,7 @@ class PolicyNode(ManagedNode):
             return
         self._log_change(result.skip)
         if result.error is not None:
-            self.fail(result.error)
+            self.fail(self._device_watch.explain(result.error))
         elif core.health != health:
             self._diagnostics.publish()
 

@@ -44,6 +44,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 _ROS_FOLDERS = {'ros', 'launch'}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Only the conftest of the test root may do this."""
+    parser.addoption('--fault-table', metavar='FILE', help='write the table of test/ros/faults')
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the ROS side, which run on every supported ROS 2."""
     for item in items:

@@ -14,6 +14,7 @@ from typing import Protocol
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.types import ActionChunk, Observation
 
+from .device import first_line
 from .gates import NS_PER_MS, check_age, check_skew
 from .inputs import Inputs
 from .parameters import NodeSettings
@@ -234,7 +235,7 @@ class ControlCore:
         except Pi05Error as refusal:
             return None, Skip(_reason_of(refusal), '', str(refusal)), None
         except Exception as error:  # a broken device or model: counted here, handled by the caller
-            detail = f'{type(error).__name__}: {error}'
+            detail = f'{type(error).__name__}: {first_line(error)}'
             return None, Skip(Reason.INFERENCE_FAILED, '', detail), error
         checked = self.guard.check(chunk, observation.state, now_ns, settings.period_ns)
         if isinstance(checked, Skip):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .core import ControlCore
-from .gates import NS_PER_MS, skew_of
+from .gates import NS_PER_MS, check_age, check_skew, skew_of
 from .inputs import Inputs
 from .parameters import NodeSettings
 from .statistics import TickStatistics
@@ -107,11 +107,13 @@ def inputs_status(
         limit_ms = settings.max_image_age_ms if camera else settings.max_joint_age_ms
         age_ms = math.nan
         if not slot.is_empty:
-            age_ms = (now_ns - slot.stamp_ns(settings.stamp_source)) / NS_PER_MS
+            stamp_ns = slot.stamp_ns(settings.stamp_source)
+            age_ms = (now_ns - stamp_ns) / NS_PER_MS
+            aged = check_age(slot.title, stamp_ns, now_ns, limit_ms, settings.max_future_ms)
             if slot.fault is not None:
                 problems.append((ERROR, f'{slot.title}: {slot.fault}'))
-            elif age_ms > limit_ms:
-                problems.append((WARN, f'{slot.title} {age_ms:.0f} ms old > {limit_ms:g} ms'))
+            elif aged is not None:
+                problems.append((WARN, aged.detail))
         values += [
             (f'{name} age (ms)', _number(age_ms)),
             (f'{name} rate (Hz)', _number(slot.rate_hz(now_ns))),
@@ -127,9 +129,11 @@ def inputs_status(
         for slot in inputs.cameras.values()
         if not slot.is_empty
     }
-    prompt = inputs.prompt_skip()
-    if prompt is not None:
-        problems.append((WARN, prompt.detail))
+    # A camera that stopped is further and further behind the others: its age says it already.
+    skewed = None if problems else check_skew(stamps, settings.max_skew_ms)
+    for skip in (skewed, inputs.prompt_skip()):
+        if skip is not None:
+            problems.append((WARN, skip.detail))
     values += [
         ('camera skew (ms)', _number(skew_of(stamps) if len(stamps) > 1 else math.nan)),
         ('task from', inputs.prompt.source),
@@ -172,11 +176,13 @@ def action_status(
     topic: str,
     is_active: bool,
     now_ns: int,
+    listeners: int,
     clock_stopped: bool = False,
 ) -> Status:
     """Say whether actions go out, how old they are, and what kept ticks from acting.
 
     Args:
+        listeners: how many subscribe to ``topic``.
         clock_stopped: nothing ticks, so what the last ticks did says nothing of the present.
     """
     settings, counters, last = core.settings, core.counters, core.last
@@ -188,6 +194,8 @@ def action_status(
         level, acted = core.health, sum(core.recent)
         why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
+    if is_active and not listeners and not settings.dry_run:
+        level, message = max(level, WARN), f'{message}; nobody subscribes to {topic}'
     by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
     clipped = ', '.join(f'{name}={count}' for name, count in sorted(core.guard.clips.items()))
     values = [

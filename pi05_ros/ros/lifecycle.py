@@ -27,6 +27,7 @@ from typing import Any
 
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
+from pi05_ros.control.device import first_line
 from pi05_ros.model.errors import Pi05Error
 
 from .signals import StopRequested, StopSignal
@@ -149,7 +150,8 @@ class ManagedNode(LifecycleNode):
         return SUCCESS
 
     def _report(self, what: str, error: BaseException, keep_error: bool = False) -> None:
-        cause = str(error) if isinstance(error, Pi05Error) else f'{type(error).__name__}: {error}'
+        known = isinstance(error, Pi05Error)
+        cause = str(error) if known else f'{type(error).__name__}: {first_line(error)}'
         self.get_logger().error(f'{what} failed: {cause}')
         self.get_logger().debug(''.join(traceback.format_exception(error)))
         if not (keep_error and self.last_error):

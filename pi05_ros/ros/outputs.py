@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float64MultiArray
@@ -23,6 +24,8 @@ from .trajectory import NS_PER_S, TrajectoryEncoder, duration_message, time_mess
 
 # A late action must not queue behind a later one.
 ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+# A subscriber whose machine is gone must not keep the node from ending.
+_LAST_COMMAND_PATIENCE = Duration(seconds=1)
 
 _POSITION_KINDS = ('joint_position', 'gripper_position')
 _CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
@@ -164,6 +167,11 @@ class ActionOutput:
         """Where the actions go, after namespace and remapping."""
         return self._publisher.topic_name
 
+    @property
+    def listeners(self) -> int:
+        """How many subscribe to the topic."""
+        return self._publisher.get_subscription_count()
+
     def publish(self, chunk: ActionChunk) -> None:
         """Encode the whole chunk, then send it: a failure in between sends nothing."""
         message = self._encode(chunk)
@@ -211,7 +219,14 @@ class ActionOutput:
         return sorted(names)
 
     def destroy(self) -> None:
-        """Remove the publisher."""
+        """Remove the publisher, once the last command has arrived.
+
+        What is still under way goes with its publisher: the hold of a process that ends.
+        """
+        if not self._publisher.wait_for_all_acked(_LAST_COMMAND_PATIENCE):
+            self._node.get_logger().warning(
+                f'{self.topic}: a subscriber has not confirmed the last command'
+            )
         self._node.destroy_lifecycle_publisher(self._publisher)
 
     def _encode(self, chunk: ActionChunk) -> bytes | Float64MultiArray | msg.ActionChunk:

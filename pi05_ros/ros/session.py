@@ -235,18 +235,26 @@ class Session:
             inputs.observation(settings.stamp_source)
         feeds = self._feeds.by_name.items()
         lost = {name: feed.lost for name, feed in feeds}
-        faults = {name: feed.qos_fault for name, feed in feeds if feed.qos_fault}
+        faults = {name: feed.fault for name, feed in feeds if feed.fault}
         of_inputs = status.inputs_status(
             inputs, settings, now_ns, lost, faults, self._describe_take()
         )
         if self.running is None:
             return [of_inputs, *map(status.not_configured, status.MODEL_PARTS)]
         info, core = self.running.policy.info, self.running.core
-        topic = self.running.output.topic
+        output = self.running.output
         return [
             of_inputs,
             status.pipeline_status(self.statistics, settings, info.stage_backends),
-            status.action_status(core, self.statistics, topic, is_active, now_ns, clock_stopped),
+            status.action_status(
+                core,
+                self.statistics,
+                output.topic,
+                is_active,
+                now_ns,
+                output.listeners,
+                clock_stopped,
+            ),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
             self.running.gpu.status(),
         ]

@@ -42,6 +42,8 @@ MESSAGE_TYPES: dict[str, type] = {
     'geometry_msgs/msg/PoseStamped': PoseStamped,
     'std_msgs/msg/String': String,
 }
+# What the graph says of a node that was discovered by its topics before it told its name.
+_UNKNOWN_NAME = '_NODE_NAME_UNKNOWN_'
 
 
 class Push(Protocol):
@@ -115,6 +117,11 @@ class PolledSubscription:
         fault = find_mismatch(self._node, self.topic, self.resolved_topic)
         self._mismatched = bool(fault)  # the publisher may have gone
         return fault
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with who publishes, and what to change; empty if nothing is."""
+        return self.qos_fault or find_rivals(self._node, self.topic, self.resolved_topic)
 
     def poll(self) -> Taken | None:
         """Take the newest message (raw CDR and the middleware's message info), if one came."""
@@ -333,6 +340,24 @@ def find_mismatch(node: Node, topic: InputTopic, resolved: str) -> str:
         if verdict == QoSCompatibility.ERROR:
             return f'{who} publishes {resolved} with other QoS: {_qos_remedy(topic, publisher)}'
     return ''
+
+
+def find_rivals(node: Node, topic: InputTopic, resolved: str) -> str:
+    """Say that images of several nodes come mixed on one topic; empty if they do not.
+
+    A camera that was killed stays in the graph for a while beside its successor of the same name,
+    and one that comes has no name at first; joint states may come from several broadcasters.
+    """
+    if topic.type_name not in ('sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'):
+        return ''
+    names = {
+        f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+        for publisher in node.get_publishers_info_by_topic(resolved)
+        if publisher.node_name != _UNKNOWN_NAME
+    }
+    if len(names) < 2:
+        return ''
+    return f'{" and ".join(sorted(names))} both publish on {resolved}; stop one, or remap it'
 
 
 def _qos_remedy(topic: InputTopic, publisher: Any) -> str:

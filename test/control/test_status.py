@@ -132,6 +132,22 @@ def test_missing_task_is_a_warning():
     assert (found.level, found.message[:7]) == (WARN, 'no task')
 
 
+def test_stamp_from_the_future_is_a_warning():
+    rig, _ = acting_rig()
+    rig.image('wrist', age_ms=-10_000)
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    assert found.level == WARN
+    assert found.message == 'wrist image stamped 10000 ms in the future > 50 ms'
+
+
+def test_cameras_apart_are_a_warning():
+    rig, _ = acting_rig()
+    rig.image('wrist', age_ms=80)
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    assert found.level == WARN
+    assert found.message == 'wrist image is 70 ms older than base image > 50 ms'
+
+
 def test_pipeline_text():
     _, statistics = acting_rig()
     assert_text(
@@ -195,7 +211,7 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level, begin):
 def test_action_text():
     rig, statistics = acting_rig()
     assert_text(
-        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns),
+        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1),
         """
         [OK] Action: dry run on /commands
           Target frequency (Hz): 20.0
@@ -223,7 +239,7 @@ def test_action_says_what_keeps_ticks_from_acting():
     rig, statistics = acting_rig()
     rig.now_ns += 200 * MS
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
     assert found.level == WARN
     assert found.message == (
         '3 of the last 7 ticks acted; stale_input: base image 210 ms old > 100 ms'
@@ -236,7 +252,7 @@ def test_action_is_an_error_when_no_tick_acts():
     rig.core.start()
     rig.inputs.clear()
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
 
@@ -248,15 +264,32 @@ def test_action_is_an_error_when_no_tick_acts():
 def test_action_does_not_speak_of_past_ticks_when_the_clock_stands_still(is_active, expected):
     rig, statistics = acting_rig()
     found = status.action_status(
-        rig.core, statistics, '/commands', is_active, rig.now_ns, clock_stopped=True
+        rig.core, statistics, '/commands', is_active, rig.now_ns, 1, clock_stopped=True
     )
     assert (found.level, found.message) == expected
+
+
+@pytest.mark.parametrize(
+    ('dry_run', 'listeners', 'level', 'message'),
+    [
+        (False, 1, OK, 'acting on /commands'),
+        (False, 0, WARN, 'acting on /commands; nobody subscribes to /commands'),
+        (True, 0, OK, 'dry run on /commands'),
+    ],
+)
+def test_commands_that_nobody_hears_are_a_warning(dry_run, listeners, level, message):
+    rig = Rig(dry_run=dry_run)
+    rig.fresh_tick()
+    found = status.action_status(
+        rig.core, TickStatistics(), '/commands', True, rig.now_ns, listeners
+    )
+    assert (found.level, found.message) == (level, message)
 
 
 def test_action_is_quiet_while_not_active():
     rig, statistics = acting_rig()
     rig.core.start()
-    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns, 1)
     assert (found.level, found.message) == (OK, 'not active')
 
 

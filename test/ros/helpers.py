@@ -217,10 +217,11 @@ class Observer:
     node: Node
     chunks: list[ActionChunkMessage] = field(default_factory=list)
     diagnostics: deque[DiagnosticArray] = field(default_factory=lambda: deque(maxlen=200))
+    name: str = 'pi05_policy'
 
-    def listen(self, name: str = 'pi05_policy') -> Observer:
+    def listen(self) -> Observer:
         self.node.create_subscription(
-            ActionChunkMessage, f'{name}/dry_run/action_chunk', self.chunks.append, 10
+            ActionChunkMessage, f'/{self.name}/dry_run/action_chunk', self.chunks.append, 10
         )
         self.node.create_subscription(
             DiagnosticArray, '/diagnostics', lambda message: self.diagnostics.append(message), 10
@@ -231,7 +232,7 @@ class Observer:
         """Return the newest status of that part; one without a message while there is none."""
         for message in reversed(self.diagnostics):
             for status in message.status:
-                if status.name.endswith(f': {part}'):
+                if status.name == f'{self.name}: {part}':
                     return status
         return DiagnosticStatus()
 
@@ -254,29 +255,24 @@ class Observer:
         return counts
 
 
-class Spinner:
-    """Spins some nodes until something is true, the sensors sending meanwhile."""
+class Watch:
+    """Spins some nodes and an observer of the policy node until something is true."""
 
-    def __init__(self, sensors: Sensors, observer: Observer, *nodes: Node) -> None:
-        self.sensors = sensors
+    def __init__(self, observer: Observer, *nodes: Node) -> None:
         self.observer = observer
         self.executor: Executor = SingleThreadedExecutor()
-        for member in (sensors, observer.node, *nodes):
+        for member in (observer.node, *nodes):
             self.executor.add_node(member)
 
-    def until(self, predicate: Callable[[], object], send: bool = True) -> None:
-        """Spin until something is true; sensors send at 50 Hz meanwhile.
+    def until(self, predicate: Callable[[], object]) -> None:
+        """Spin until something is true.
 
         Raises:
             AssertionError: it never became true.
         """
         deadline = time.monotonic() + DEADLINE_S
-        next_send = 0.0
         while not predicate():
             assert time.monotonic() < deadline, self.describe()
-            if send and time.monotonic() >= next_send:
-                next_send = time.monotonic() + 0.02
-                self.sensors.send()
             self.executor.spin_once(timeout_sec=0.005)
 
     def describe(self) -> str:
@@ -286,7 +282,9 @@ class Spinner:
 
     def request_state(self, transition: int) -> Future:
         """Ask for a transition through the node's service, as ``ros2 lifecycle`` does."""
-        client = self.observer.node.create_client(ChangeState, 'pi05_policy/change_state')
+        client = self.observer.node.create_client(
+            ChangeState, f'/{self.observer.name}/change_state'
+        )
         request = ChangeState.Request()
         request.transition.id = transition
         self.until(client.service_is_ready)
@@ -300,8 +298,29 @@ class Spinner:
 
     def close(self) -> None:
         self.executor.shutdown()
-        self.sensors.destroy_node()
         self.observer.node.destroy_node()
+
+
+class Spinner(Watch):
+    """The same, with sensors that send at 50 Hz meanwhile."""
+
+    def __init__(self, sensors: Sensors, observer: Observer, *nodes: Node) -> None:
+        super().__init__(observer, sensors, *nodes)
+        self.sensors = sensors
+        self._next_send_s = 0.0
+
+    def until(self, predicate: Callable[[], object], send: bool = True) -> None:
+        def sent() -> object:
+            if send and time.monotonic() >= self._next_send_s:
+                self._next_send_s = time.monotonic() + 0.02
+                self.sensors.send()
+            return predicate()
+
+        super().until(sent)
+
+    def close(self) -> None:
+        super().close()
+        self.sensors.destroy_node()
 
 
 class Bench(Spinner):
