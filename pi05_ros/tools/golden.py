@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,7 +18,9 @@ from pi05_ros.model.errors import Pi05Error
 
 _INPUTS = ('images_u8', 'view_mask', 'tokens', 'token_mask', 'noise')
 _PREFIX_OUTPUTS = ('prefix_embs', 'prefix_keys', 'prefix_values')
-_STEPS = re.compile(r'(v|actions)_([1-9]\d*)')
+_STEPS = re.compile(r'(v|actions)_([1-9]\d{0,3})')
+# The full model with three views and 200 tokens takes 50 MB.
+MAX_GOLDEN_BYTES = 256 * 1024 * 1024
 
 
 class GoldenError(Pi05Error):
@@ -54,7 +59,7 @@ def read_golden(path: str | Path, config: Pi05Config) -> Golden:
     Raises:
         GoldenError: names the array that is missing or does not fit.
     """
-    arrays = _read_arrays(Path(path))
+    arrays = read_arrays(Path(path))
     missing = [name for name in _INPUTS if name not in arrays]
     if missing:
         raise GoldenError(f'{path}: missing {", ".join(missing)}; found: {sorted(arrays)}')
@@ -82,17 +87,53 @@ def read_golden(path: str | Path, config: Pi05Config) -> Golden:
     return Golden(views, tokens, noise.astype(np.float32), outputs, ignored)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an ``.npz`` by name; none is unpickled.
+
+    Raises:
+        GoldenError: it is no such archive, damaged, or larger than any golden file.
+    """
     # numpy takes any other file for a pickle, and advises to allow those.
     if path.is_file() and not zipfile.is_zipfile(path):
         raise GoldenError(f'{path} cannot be read as .npz: it is no such archive, or cut short')
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            total_bytes = sum(member.file_size for member in members)
+            if total_bytes > MAX_GOLDEN_BYTES:
+                raise GoldenError(
+                    f'{path} unpacks to {total_bytes} bytes, at most {MAX_GOLDEN_BYTES}'
+                )
+            return {
+                member.filename.removesuffix('.npy'): _read_array(archive, member)
+                for member in members
+            }
     except FileNotFoundError:
         raise GoldenError(f'golden file {path} does not exist') from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as cause:
+    # NotImplementedError and RuntimeError: compressed or encrypted in a way that zipfile lacks.
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError,
+            OverflowError, struct.error,
+        tokenize.TokenError, zipfile.BadZipFile, zlib.error) as cause:  # fmt: skip
         raise GoldenError(f'{path} cannot be read as .npz: {cause}') from cause
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Read one ``.npy``; its data must be there before numpy allocates for its shape."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, in_columns, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f'{member.filename!r:.80} is of format {version}')
+        if dtype.hasobject:
+            raise ValueError(f'{member.filename!r:.80} holds pickled objects')
+        data = file.read()
+    needed = math.prod(shape) * dtype.itemsize
+    if len(data) != needed or not dtype.itemsize:
+        raise ValueError(f'{member.filename!r:.80} has {len(data)} bytes, {shape} takes {needed}')
+    return np.frombuffer(data, dtype).reshape(shape, order='F' if in_columns else 'C')
 
 
 def _output_shapes(

@@ -27,10 +27,10 @@ def test_a_gpu_that_nobody_tuned_has_safe_defaults(cache):
 
 
 def test_what_was_saved_is_loaded(cache):
-    saved = TunedChoices(GPU, 13, {'a': '00ff'}, {'k': {'warps': 8}})
+    saved = TunedChoices(GPU, 13, {'a': '00ff' * 32}, {'k': {'warps': 8}})
     saved.save(tuning.user_path(GPU))
     found = tuning.load_choices(GPU)
-    assert found.algorithm('a', 13) == '00ff'
+    assert found.algorithm('a', 13) == '00ff' * 32
     assert found.kernel('k', {'warps': 4, 'stages': 2}) == {'warps': 8, 'stages': 2}
     assert str(tuning.user_path(GPU)) in found.source
 
