@@ -14,6 +14,7 @@ import yaml
 
 MAX_BYTES = 65_536  # the largest shipped robot file has a tenth of this
 MAX_PARAMETER_BYTES = 262_144  # parameters of all nodes of a robot in one file
+MAX_FLOW_LEVELS = 32  # of brackets; the scanner's time grows with their square
 _INT64 = range(-(2**63), 2**63)
 _MERGE_TAG = 'tag:yaml.org,2002:merge'
 
@@ -31,6 +32,14 @@ class _BoundedLoader(yaml.SafeLoader):
             line = event.start_mark.line + 1
             raise YamlError(f'line {line}: anchor or alias {event.anchor!r} is not allowed')
         return super().compose_node(parent, index)
+
+    # The name is the scanner's.
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= MAX_FLOW_LEVELS:
+            raise YamlError(
+                f'line {self.line + 1}: brackets nested more than {MAX_FLOW_LEVELS} deep'
+            )
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_yaml_int(self, node: Any) -> int:
         number = super().construct_yaml_int(node)

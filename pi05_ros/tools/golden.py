@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import struct
-import tokenize
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +10,8 @@ import numpy as np
 
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.errors import Pi05Error
+
+from .npz import NpzError, read_arrays
 
 _INPUTS = ('images_u8', 'view_mask', 'tokens', 'token_mask', 'noise')
 _PREFIX_OUTPUTS = ('prefix_embs', 'prefix_keys', 'prefix_values')
@@ -59,7 +56,7 @@ def read_golden(path: str | Path, config: Pi05Config) -> Golden:
     Raises:
         GoldenError: names the array that is missing or does not fit.
     """
-    arrays = read_arrays(Path(path))
+    arrays = _read_arrays(Path(path))
     missing = [name for name in _INPUTS if name not in arrays]
     if missing:
         raise GoldenError(f'{path}: missing {", ".join(missing)}; found: {sorted(arrays)}')
@@ -87,53 +84,13 @@ def read_golden(path: str | Path, config: Pi05Config) -> Golden:
     return Golden(views, tokens, noise.astype(np.float32), outputs, ignored)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an ``.npz`` by name; none is unpickled.
-
-    Raises:
-        GoldenError: it is no such archive, damaged, or larger than any golden file.
-    """
-    # numpy takes any other file for a pickle, and advises to allow those.
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise GoldenError(f'{path} cannot be read as .npz: it is no such archive, or cut short')
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            total_bytes = sum(member.file_size for member in members)
-            if total_bytes > MAX_GOLDEN_BYTES:
-                raise GoldenError(
-                    f'{path} unpacks to {total_bytes} bytes, at most {MAX_GOLDEN_BYTES}'
-                )
-            return {
-                member.filename.removesuffix('.npy'): _read_array(archive, member)
-                for member in members
-            }
+        return read_arrays(path, MAX_GOLDEN_BYTES)
     except FileNotFoundError:
         raise GoldenError(f'golden file {path} does not exist') from None
-    # NotImplementedError and RuntimeError: compressed or encrypted in a way that zipfile lacks.
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError,
-            OverflowError, struct.error,
-        tokenize.TokenError, zipfile.BadZipFile, zlib.error) as cause:  # fmt: skip
+    except NpzError as cause:
         raise GoldenError(f'{path} cannot be read as .npz: {cause}') from cause
-
-
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Read one ``.npy``; its data must be there before numpy allocates for its shape."""
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, in_columns, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f'{member.filename!r:.80} is of format {version}')
-        if dtype.hasobject:
-            raise ValueError(f'{member.filename!r:.80} holds pickled objects')
-        data = file.read()
-    needed = math.prod(shape) * dtype.itemsize
-    if len(data) != needed or not dtype.itemsize:
-        raise ValueError(f'{member.filename!r:.80} has {len(data)} bytes, {shape} takes {needed}')
-    return np.frombuffer(data, dtype).reshape(shape, order='F' if in_columns else 'C')
 
 
 def _output_shapes(

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'test' / 'fuzz')]
 
-MAX_INPUT_BYTES = 16_384
+MAX_INPUT_BYTES = 32_768
 SLOW_S = 2.0
 
 

@@ -17,6 +17,7 @@ from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.engine.tuning import TunedChoices, read_choices
 from pi05_ros.policy.errors import RobotError
 from pi05_ros.policy.robot import load_robot
+from pi05_ros.tools.action_log import ActionLog, ActionLogError
 from pi05_ros.tools.bag import BagError, open_bag
 from pi05_ros.tools.golden import GoldenError, read_golden
 
@@ -121,6 +122,17 @@ def golden_seeds() -> list[bytes]:
     return files
 
 
+def read_action_log(data: bytes) -> None:
+    ActionLog.load(written('actions.npz', data))
+
+
+def action_log_seeds() -> list[bytes]:
+    path = scratch() / 'actions_seed.npz'
+    numbers = np.arange(2)
+    ActionLog(('a', 'b'), ('rad', 'm'), np.ones((2, 3, 2), np.float32), *[numbers] * 3).save(path)
+    return [path.read_bytes()]
+
+
 TARGETS = {
     'robot': Target(read_robot, (RobotError,), robot_seeds),
     'parameters': Target(read_parameters, (ParameterError, RobotError), parameters_seeds),
@@ -128,5 +140,6 @@ TARGETS = {
     'bag_mcap': Target(read_mcap, (BagError,), mcap_seeds),
     'bag_sqlite': Target(read_sqlite, (BagError,), sqlite_seeds),
     'bag_metadata': Target(read_bag_metadata, (BagError,), bag_metadata_seeds),
+    'action_log': Target(read_action_log, (ActionLogError,), action_log_seeds),
     'golden': Target(read_golden_file, (GoldenError,), golden_seeds),
 }
