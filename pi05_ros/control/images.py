@@ -27,7 +27,7 @@ _FILE_FORMATS = ('JPEG', 'PNG', 'WEBP')
 _FILE_MODES = ('RGB', 'RGBA', 'L')
 # A progressive JPEG has about ten scans. Each costs the time of a whole image, however few bytes
 # it has, so that thousands of them would hold up the tick for seconds.
-_START_OF_SCAN = b'\xff\xda'
+_START_OF_JPEG, _START_OF_SCAN = b'\xff\xd8', b'\xff\xda'
 _MAX_SCANS = 100
 
 
@@ -106,8 +106,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(data), formats=_FILE_FORMATS) as file:
             _check_file(file, expected_size_px)
-            if file.format == 'JPEG':
-                _check_scans(data)
+            _check_scans(data)
             return np.asarray(file.convert('RGB'))
     except InputFault:
         raise
@@ -137,9 +136,9 @@ def _check_file(file: Image.Image, expected_size_px: tuple[int, int] | None) -> 
         )
 
 
-def _check_scans(jpeg: bytes) -> None:
+def _check_scans(data: bytes) -> None:
     # Within a scan 0xff is always followed by zero or a restart marker.
-    scans = jpeg.count(_START_OF_SCAN)
+    scans = data.count(_START_OF_SCAN) if data.startswith(_START_OF_JPEG) else 0
     if scans > _MAX_SCANS:
         raise InputFault(
             Reason.UNDECODABLE_IMAGE, f'JPEG image of {scans} scans, more than {_MAX_SCANS}'

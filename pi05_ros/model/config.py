@@ -20,7 +20,7 @@ from .errors import ConfigError
 # over a billion layers, or allocate for a billion tokens.
 _MAX_SIZE = 2**20
 _MAX_COUNTS = {
-    'depth': 256,
+    'depth': 64,
     'action_dim': 1024,
     'action_horizon': 1000,
     'max_prompt_tokens': 8192,
@@ -204,7 +204,7 @@ def _check_limits(part: Any) -> None:
         value = getattr(part, field.name)
         limit = _MAX_COUNTS.get(field.name, _MAX_SIZE)
         if field.type == 'int' and value > limit:
-            raise ConfigError(f'{field.name} is {value:.6g}, at most {limit}')
+            raise ConfigError(f'{field.name} is {value!r:.40}, at most {limit}')
 
 
 def _positive_float(value: Any, where: str) -> float:
