@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -22,8 +23,14 @@ ForeignDecoder = Callable[[bytes | memoryview], np.ndarray]
 
 # A few kilobytes of PNG can claim gigabytes of pixels; no camera of a robot is larger than this.
 MAX_DECODED_PX = 32_000_000
+# _check_file refuses far smaller images than those that Pillow warns of.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 _FILE_FORMATS = ('JPEG', 'PNG', 'WEBP')
 _FILE_MODES = ('RGB', 'RGBA', 'L')
+# A progressive JPEG has about ten scans. Each costs the time of a whole image, however few bytes
+# it has, so that thousands of them would hold up the tick for seconds.
+_START_OF_JPEG, _START_OF_SCAN = b'\xff\xd8', b'\xff\xda'
+_MAX_SCANS = 100
 
 
 def decoder_name() -> str:
@@ -100,9 +107,11 @@ def decode(
     Raises:
         InputFault: not an image of these formats, damaged, of another size, or not 8 bit.
     """
+    data = bytes(message.data)
     try:
-        with Image.open(io.BytesIO(message.data), formats=_FILE_FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=_FILE_FORMATS) as file:
             _check_file(file, expected_size_px)
+            _check_scans(data)
             return np.asarray(file.convert('RGB'))
     except InputFault:
         raise
@@ -129,6 +138,15 @@ def _check_file(file: Image.Image, expected_size_px: tuple[int, int] | None) -> 
         raise InputFault(
             Reason.BAD_ENCODING,
             f'compressed image has mode {file.mode}, expected one of {", ".join(_FILE_MODES)}',
+        )
+
+
+def _check_scans(data: bytes) -> None:
+    # Within a scan 0xff is always followed by zero or a restart marker.
+    scans = data.count(_START_OF_SCAN) if data.startswith(_START_OF_JPEG) else 0
+    if scans > _MAX_SCANS:
+        raise InputFault(
+            Reason.UNDECODABLE_IMAGE, f'JPEG image of {scans} scans, more than {_MAX_SCANS}'
         )
 
 

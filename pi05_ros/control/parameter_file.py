@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pi05_ros.policy.robot import load_robot
+from pi05_ros.policy.strict_yaml import YamlError, read_parameter_yaml
 
 from .parameters import PARAMETERS, NodeSettings, ParameterError, settings_from_values
 
@@ -48,8 +47,8 @@ def read_parameter_file(path: str | Path, node_name: str = NODE_NAME) -> dict[st
     """
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = read_parameter_yaml(path)
+    except YamlError as error:
         raise ParameterError(f'{path}: not a readable parameter file: {error}') from error
     if not isinstance(document, dict):
         raise ParameterError(

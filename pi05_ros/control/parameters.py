@@ -112,6 +112,7 @@ class NodeSettings:
 
 
 MAX_STEPS = 10
+MAX_PROBLEMS = 20  # listed at once
 
 PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec('checkpoint', 'string', '', 'Checkpoint directory (openpi or lerobot layout).'),
@@ -371,6 +372,8 @@ def settings_from_values(
     for name, value in values.items():
         if is_ros_own(name):
             continue
+        if len(problems) == MAX_PROBLEMS:  # looking for what was meant takes its time
+            break
         if name not in table:
             problems.append(str(unknown_parameter(name, table)))
             continue

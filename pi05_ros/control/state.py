@@ -24,7 +24,7 @@ class JointIndex:
         self._wanted = [
             (index, dim.joint, dim.field) for index, dim in enumerate(state) if dim.joint
         ]
-        self._names: tuple[str, ...] = ()
+        self._names: tuple[str, ...] | None = None  # of the message that was searched last
         self._source: dict[str, int] = {}
 
     def fill(self, state: np.ndarray, message: JointStateMessage) -> None:
@@ -62,6 +62,9 @@ class JointIndex:
                 Reason.JOINT_MISSING,
                 f'lacks {", ".join(missing)}; it has {_shorten(names)}',
             )
+        twice = [joint for joint in wanted if names.count(joint) > 1]
+        if twice:
+            raise InputFault(Reason.MALFORMED_MESSAGE, f'given twice: {", ".join(twice)}')
         self._names, self._source = names, source
 
 
@@ -90,12 +93,12 @@ def eef_component(component: str, pose: PoseMessage) -> float:
 
 def _check_pose(pose: PoseMessage) -> None:
     values = np.concatenate([pose.position, pose.orientation])
-    length = float(np.linalg.norm(pose.orientation))
+    length = math.hypot(*pose.orientation)
     if not np.isfinite(values).all():
         raise InputFault(Reason.JOINT_NOT_FINITE, f'not finite: {values.tolist()}')
     if abs(length - 1.0) > _UNIT_TOLERANCE:
         raise InputFault(
-            Reason.MALFORMED_MESSAGE, f'quaternion has length {length:.3f}, expected 1'
+            Reason.MALFORMED_MESSAGE, f'quaternion has length {length:.4g}, expected 1'
         )
 
 

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pi05_ros.model.files import read_json_object
+
 from .chips import Chip, file_name, shipped_files
 from .pipeline import BackendError
 
 FORMAT = 1
+_ALGORITHM = re.compile(r'[0-9a-f]{128}')  # cublasLtMatmulAlgo_t, 64 bytes
+_MAX_LAUNCH = 4096  # of a block size or a count of warps
 
 
 @dataclass(frozen=True)
@@ -90,25 +95,43 @@ def read_choices(path: Path, gpu: str) -> TunedChoices:
         BackendError: it is not such a file, or belongs to another GPU.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-        found = content['gpu'], content['format']
-        choices = TunedChoices(
-            gpu=gpu,
-            cublaslt_version=int(content['cublaslt_version']),
-            algorithms=dict(content['algorithms']),
-            kernels=dict(content['kernels']),
-            source=str(path),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(
-            f'{path}: not a tuning file ({error}); remove it or tune again'
-        ) from None
+        content = read_json_object(path, BackendError)
+        fault = _fault(content)
+    except BackendError as error:
+        fault = str(error)
+    if fault:
+        raise BackendError(f'{path}: not a tuning file ({fault}); remove it or tune again')
+    found = content['gpu'], content['format']
+    choices = TunedChoices(
+        gpu=gpu,
+        cublaslt_version=content['cublaslt_version'],
+        algorithms=content['algorithms'],
+        kernels=content['kernels'],
+        source=str(path),
+    )
     if found != (gpu, FORMAT):
         raise BackendError(
             f'{path}: made for {found[0]} in format {found[1]}, expected {gpu} in format '
             f'{FORMAT}; remove it or tune again'
         )
     return choices
+
+
+def _fault(content: Mapping[str, Any]) -> str:
+    """Say what is wrong with the content of a tuning file; empty if it is one."""
+    kinds = {'gpu': str, 'format': int, 'cublaslt_version': int, 'algorithms': dict,
+             'kernels': dict}  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            return f'{key} must be {kind.__name__}, it is {content.get(key)!r:.80}'
+    for key, text in content['algorithms'].items():
+        if not isinstance(text, str) or not _ALGORITHM.fullmatch(text):
+            return f'algorithm {key!r:.80} is no 128 hexadecimal digits'
+    for key, launch in content['kernels'].items():
+        values = launch.values() if isinstance(launch, dict) else [None]
+        if not all(type(value) is int and 0 <= value <= _MAX_LAUNCH for value in values):
+            return f'kernel {key!r:.80} has no whole numbers from 0 to {_MAX_LAUNCH}'
+    return ''
 
 
 def user_path(gpu: str) -> Path:

@@ -12,7 +12,6 @@ A config.json may hold ``"dims"`` in the form of dims.json, for a model that no 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .config import GEMMA_VARIANTS, GemmaConfig, Pi05Config
 from .errors import CheckpointError, ConfigError
+from .files import local_path, read_json_object
 from .names import expected_shapes, model_name
 from .pi05 import Pi05Model
 from .weights import check_names, read_header, read_state
@@ -77,7 +77,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: no directory, no weights in it, or a config that cannot be read.
         ConfigError: the dimensions are missing, unknown or contradict each other.
     """
-    path = Path(path).expanduser()
+    path = local_path(path, CheckpointError)
     try:
         return _open(path)
     except OSError as cause:
@@ -165,27 +165,17 @@ def _no_weights(path: Path) -> str:
 def _read_config(path: Path) -> tuple[Layout, dict[str, Any], Pi05Config]:
     config_path, dims_path = path / 'config.json', path / 'dims.json'
     if config_path.is_file():
-        raw = _read_json(config_path)
+        raw = read_json_object(config_path, CheckpointError)
         dims = raw.get('dims')
         if dims is None and dims_path.is_file():
-            dims = _read_json(dims_path)
+            dims = read_json_object(dims_path, CheckpointError)
         if 'type' in raw:
             return 'lerobot', raw, _lerobot_config(raw, dims, config_path)
         return 'openpi', raw, _openpi_config(raw, dims, config_path)
     if dims_path.is_file():
-        raw = _read_json(dims_path)
+        raw = read_json_object(dims_path, CheckpointError)
         return 'golden', raw, Pi05Config.from_dims(raw, str(dims_path))
     raise CheckpointError(f'neither config.json nor dims.json in {path}: dimensions are unknown')
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as cause:
-        raise CheckpointError(f'{path} cannot be read: {cause}') from cause
-    if not isinstance(content, dict):
-        raise CheckpointError(f'{path} must hold a JSON object, got {type(content).__name__}')
-    return content
 
 
 def _openpi_config(raw: Mapping[str, Any], dims: Any, where: Path) -> Pi05Config:
@@ -244,6 +234,7 @@ def _variant(raw: Mapping[str, Any], key: str, default: str, where: Path) -> Gem
 def _image_px(raw: Mapping[str, Any], default_px: int, where: Path) -> int:
     """Read lerobot's ``image_resolution``; openpi's config has no such key."""
     resolution = raw.get('image_resolution', [default_px, default_px])
-    if not isinstance(resolution, list) or len(set(resolution)) != 1:
+    sides = resolution if isinstance(resolution, list) else []
+    if not sides or any(side != sides[0] for side in sides):
         raise ConfigError(f'{where}: image_resolution must be [px, px], it is {resolution!r}')
     return _number({'image_resolution': resolution[0]}, 'image_resolution', where)

@@ -9,12 +9,23 @@ A action dimension, L layers, D head dimension, W width, N Euler steps.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import ConfigError
+
+# Far above any π0.5. What comes from a file stays below, so that no file makes the loader loop
+# over a billion layers, or allocate for a billion tokens.
+_MAX_SIZE = 2**20
+_MAX_COUNTS = {
+    'depth': 64,
+    'action_dim': 1024,
+    'action_horizon': 1000,
+    'max_prompt_tokens': 8192,
+    'max_views': 16,
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,8 @@ class Pi05Config:
 
     def _check(self) -> None:
         vision, vlm, expert = self.vision, self.vlm, self.expert
+        for part in (self, vision, vlm, expert):
+            _check_limits(part)
         if vision.width % vision.num_heads:
             raise ConfigError(
                 f'vision width {vision.width} is not a multiple of its {vision.num_heads} heads'
@@ -185,13 +198,26 @@ def _section(kind: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f'{where}: {missing}') from None
 
 
+def _check_limits(part: Any) -> None:
+    """Refuse a size of a dataclass that no model has."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        limit = _MAX_COUNTS.get(field.name, _MAX_SIZE)
+        if field.type == 'int' and value > limit:
+            raise ConfigError(f'{field.name} is {value!r:.40}, at most {limit}')
+
+
 def _positive_float(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f'{where} must be a positive number, got {value!r}')
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (0 < value <= sys.float_info.max)
+    ):
+        raise ConfigError(f'{where} must be a positive number, got {value!r:.80}')
     return float(value)
 
 
 def _positive_int(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f'{where} must be a positive integer, got {value!r}')
+        raise ConfigError(f'{where} must be a positive integer, got {value!r:.80}')
     return value

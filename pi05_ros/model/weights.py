@@ -19,6 +19,7 @@ from .names import (
     expected_shapes,
 )
 from .precision import parameter_dtype
+from .safetensors_header import HeaderError, read_checked_header
 
 _READABLE_DTYPES = ('F32', 'BF16', 'F16')
 _LFS_POINTER = b'version https://git-lfs'
@@ -37,10 +38,8 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             raise CheckpointError(
                 f'{path} is a Git LFS pointer, not the weights; run "git lfs pull" beside it'
             )
-        with safe_open(path, framework='pt') as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except (SafetensorError, OSError) as cause:
+        return read_checked_header(path)
+    except (HeaderError, OSError) as cause:
         raise CheckpointError(
             f'{path} is not a complete safetensors file ({cause}); copy or download it again'
         ) from cause

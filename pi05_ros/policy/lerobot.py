@@ -7,6 +7,7 @@ Source: lerobot src/lerobot/processor (commit 7427f31).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pi05_ros.model.files import read_json_object
+from pi05_ros.model.safetensors_header import HeaderError, read_checked_header
+
 from .errors import NormError, RobotError
-from .files import read_json_object
 from .robot import RobotSpec
 from .transforms import NormMode
 
@@ -37,6 +40,8 @@ _KNOWN_STEPS = {
     'tokenizer_processor',
     'device_processor',
 }
+# A plain name, so that it stays in the directory of the checkpoint.
+_STATE_FILE = re.compile(r'\w[\w.-]{0,200}\.safetensors')
 _MODES: dict[str, NormMode] = {'QUANTILES': 'quantile', 'MEAN_STD': 'zscore'}
 
 
@@ -94,8 +99,20 @@ class Processors:
                 )
 
 
-def _lower_names(names: Any) -> list[str]:
-    return [str(name).lower() for name in names or [] if name]
+def _lower_names(names: list[str] | None) -> list[str]:
+    return [name.lower() for name in names or [] if name]
+
+
+def _relative_config(path: Path, steps: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+    """Return the config of relative_actions_processor, with the types that its keys must have."""
+    config = steps.get('relative_actions_processor', {}).get('config', {})
+    if not isinstance(config.get('enabled', False), bool):
+        raise NormError(f'{path}: relative_actions_processor: enabled must be true or false')
+    for key in ('exclude_joints', 'action_names'):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise NormError(f'{path}: relative_actions_processor: {key} must be a list of names')
+    return config
 
 
 def read_processors(checkpoint_dir: Path) -> Processors:
@@ -110,7 +127,7 @@ def read_processors(checkpoint_dir: Path) -> Processors:
         state=_feature(before_path, before, 'normalizer_processor', 'observation.state', 'STATE'),
         actions=_feature(after_path, after, 'unnormalizer_processor', 'action', 'ACTION'),
         state_in_prompt=_PROMPT_STEP in before,
-        relative=before.get('relative_actions_processor', {}).get('config', {}),
+        relative=_relative_config(before_path, before),
         path=before_path,
     )
 
@@ -123,13 +140,13 @@ def _read_steps(checkpoint_dir: Path, name: str) -> tuple[Path, dict[str, dict[s
             f'{path} is missing; a lerobot checkpoint keeps its normalisation there. Copy it and '
             'the safetensors files that it names from the training output'
         )
-    entries = read_json_object(path).get('steps')
+    entries = read_json_object(path, NormError).get('steps')
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise NormError(f"{path}: expected the key 'steps' with a list of steps")
     steps: dict[str, dict[str, Any]] = {}
     for entry in entries:
         step = entry.get('registry_name', entry.get('class'))
-        if step not in _KNOWN_STEPS:
+        if not isinstance(step, str) or step not in _KNOWN_STEPS:
             known = sorted(_KNOWN_STEPS)
             raise NormError(f'{path}: step {step!r} is not supported; known: {known}')
         if step in steps:
@@ -149,7 +166,7 @@ def _feature(
     config = steps[step].get('config', {})
     norm_map = config.get('norm_map')
     mode = norm_map.get(kind) if isinstance(norm_map, dict) else None
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise NormError(
             f'{path}: {step}: norm_map has {mode!r} for {kind}; supported: {sorted(_MODES)}'
         )
@@ -158,6 +175,8 @@ def _feature(
             f'{path}: {step}: images are normalised by {norm_map["VISUAL"]!r}; expected IDENTITY'
         )
     only = config.get('normalize_observation_keys')
+    if only is not None and not isinstance(only, list):
+        raise NormError(f'{path}: {step}: normalize_observation_keys must be a list')
     if kind == 'STATE' and only is not None and key not in only:
         raise NormError(f'{path}: {step} leaves {key} unnormalised; found only: {only}')
     eps = config.get('eps', 1e-8)
@@ -173,8 +192,10 @@ def _state_file(path: Path, step: str, name: Any) -> Path:
             f'{path}: {step} names no statistics (state_file); this checkpoint has none, as '
             'pi05_base: use a fine-tuned one, or save it with the statistics of its dataset'
         )
-    if Path(name).name != name or not name.endswith('.safetensors'):
-        raise NormError(f'{path}: {step}: state_file {name!r} is no name of a safetensors file')
+    if not _STATE_FILE.fullmatch(name):
+        raise NormError(
+            f'{path}: {step}: state_file {name[:80]!r} is no name of a safetensors file beside it'
+        )
     state_file = path.parent / name
     if not state_file.is_file():
         raise NormError(f'{path}: {step} names {name}, which is missing in {path.parent}')
@@ -188,10 +209,10 @@ def _read_tensors(path: Path, key: str) -> dict[str, np.ndarray]:
         raise NormError(f'{path}: {size} bytes, more than statistics can have ({MAX_STATS_BYTES})')
     prefix = f'{key}.'
     try:
+        names = [name for name in read_checked_header(path) if name.startswith(prefix)]
         with safe_open(path, framework='numpy') as tensors:
-            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
             values = {name[len(prefix) :]: tensors.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (HeaderError, SafetensorError, OSError, TypeError, ValueError) as error:
         raise NormError(f'{path}: not a readable safetensors file: {error}') from error
     if not values:
         raise NormError(f'{path}: no statistics of {key}; this checkpoint has none for it')

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from pi05_ros.model.files import local_path
 from pi05_ros.resources import robot_dir
 
 from .errors import RobotError
@@ -333,7 +334,7 @@ def find_robot(name_or_path: str) -> Path:
     """
     shipped = ', '.join(robot_names())
     if '/' in name_or_path or name_or_path.endswith(('.yaml', '.yml')):
-        path = Path(name_or_path).expanduser()
+        path = local_path(name_or_path, RobotError)
         if not path.is_file():
             raise RobotError(f'robot file {path} does not exist; shipped robots: {shipped}')
         return path

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from pi05_ros.model.files import read_json_object
+
 from .errors import NormError
-from .files import read_json_object
 from .lerobot import FeatureStats, read_processors
 from .robot import RobotSpec
 from .transforms import Normalizer, NormMode
@@ -113,7 +114,7 @@ def _load_openpi(
     checkpoint_dir: Path, robot: RobotSpec, model_dim: int, asset_id: str
 ) -> NormStats:
     path = find_openpi_stats(checkpoint_dir, asset_id)
-    tree = read_json_object(path).get('norm_stats')
+    tree = read_json_object(path, NormError).get('norm_stats')
     if not isinstance(tree, dict):
         raise NormError(f"{path}: expected the key 'norm_stats' with state and actions")
 
@@ -184,7 +185,8 @@ def _vector(values: Any, where: str) -> np.ndarray:
     try:
         if isinstance(values, list) and any(type(value) not in (int, float) for value in values):
             raise TypeError
-        vector = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid='ignore'):  # a NaN of another width; refused below
+            vector = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise NormError(f'{where}: expected a list of numbers') from None
     if vector.ndim != 1 or not vector.size:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from pi05_ros.model.files import local_path
+
 from .errors import PromptError, TokenizerError
 
 FILE_NAMES = ('paligemma_tokenizer.model', 'tokenizer.model')
@@ -37,7 +39,7 @@ def find_tokenizer(checkpoint_dir: Path, tokenizer: str = '') -> Path:
     Raises:
         TokenizerError: there is none; says where it looked and where to get it.
     """
-    given = Path(tokenizer).expanduser()
+    given = local_path(tokenizer, TokenizerError)
     if tokenizer and given.is_file():
         return given
     roots = [given] if tokenizer else [checkpoint_dir, checkpoint_dir / 'assets']
@@ -189,7 +191,7 @@ def _parse(path: Path, proto: bytes) -> sentencepiece.SentencePieceProcessor:
         pieces.LoadFromSerializedProto(proto)
         if pieces.vocab_size() < 1:
             raise RuntimeError('it has no tokens')
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # also a message that is no UTF-8
         raise TokenizerError(
             f'{path}: not a SentencePiece model: {error}; {WHERE_TO_GET_IT}'
         ) from error

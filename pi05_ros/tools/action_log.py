@@ -14,6 +14,10 @@ import numpy as np
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.types import ActionChunk
 
+from .npz import NpzError, read_arrays
+
+# 30 hours at 20 Hz of 15 rows of 8 actions.
+MAX_LOG_BYTES = 1 << 30
 _ARRAYS = {'actions': '<f4', 'ticks': '<i8', 'times_ns': '<i8', 'stamps_ns': '<i8'}
 
 
@@ -92,15 +96,13 @@ class ActionLog:
             ActionLogError: the file cannot be read or is not a whole action log.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {
-                    name: file[name].astype(dtype, casting='equiv')
-                    for name, dtype in _ARRAYS.items()
-                }
-                names, units = (tuple(map(str, file[name])) for name in ('names', 'units'))
-                log = cls(names, units, **arrays, origin=json.loads(str(file['origin'])))
-        # numpy meets damage as zip, zlib, tokenizer, value, key, type and other errors alike.
-        except Exception as error:
+            found = read_arrays(path, MAX_LOG_BYTES)
+            arrays = {
+                name: found[name].astype(dtype, casting='equiv') for name, dtype in _ARRAYS.items()
+            }
+            names, units = (tuple(map(str, found[name])) for name in ('names', 'units'))
+            log = cls(names, units, **arrays, origin=json.loads(str(found['origin'])))
+        except (OSError, NpzError, ValueError, KeyError, TypeError, RecursionError) as error:
             detail = ' '.join(str(error).split()) or type(error).__name__
             raise ActionLogError(
                 f'{path} is not an action log of "pi05-ros replay --actions": {detail}'

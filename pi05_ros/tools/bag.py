@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -122,14 +122,14 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
         BagError: no such path, not a bag, or a bag that was not closed properly.
     """
     path = Path(path)
-    with _readable(path):
-        _check_kind(path)
-        reader = Reader(path)
-        reader.open()
-    try:
-        yield Bag(path, reader)
-    finally:
-        reader.close()
+    with ExitStack() as stack:
+        with _readable(path):
+            _check_kind(path)
+            reader = Reader(path)
+            reader.open()
+            stack.callback(reader.close)
+            bag = Bag(path, reader)
+        yield bag
 
 
 def _check_kind(path: Path) -> None:
@@ -169,8 +169,12 @@ def _topics(path: Path, reader: Reader) -> Mapping[str, BagTopic]:
     counts: Counter[str] = Counter()
     types: dict[str, str] = {}
     latched: set[str] = set()
+    times = reader.start_time, reader.duration
     for connection in reader.connections:
         name = connection.topic
+        kinds = [type(value) for value in (name, connection.msgtype, connection.msgcount, *times)]
+        if kinds != [str, str, int, int, int]:
+            raise BagError(f'{path}: its metadata describe topic {name!r:.80} in no valid way')
         if types.setdefault(name, connection.msgtype) != connection.msgtype:
             raise BagError(
                 f'{path}: {name} was recorded as {types[name]} and {connection.msgtype}'

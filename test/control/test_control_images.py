@@ -182,3 +182,15 @@ def test_a_small_file_that_claims_huge_images_is_refused_undecoded():
     with pytest.raises(InputFault, match='claims') as caught:
         decoded(data)
     assert caught.value.reason is Reason.BAD_IMAGE_SIZE
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(file, 'JPEG', progressive=True)
+    jpeg = file.getvalue()
+    last = jpeg.rfind(b'\xff\xda')
+    header = jpeg[last : last + 2 + int.from_bytes(jpeg[last + 2 : last + 4], 'big')]
+    assert decoded(jpeg[:-2] + 20 * header + jpeg[-2:]).shape == (16, 16, 3)
+    with pytest.raises(InputFault, match='JPEG image of 5.. scans, more than 100') as caught:
+        decoded(jpeg[:-2] + 500 * header + jpeg[-2:])
+    assert caught.value.reason is Reason.UNDECODABLE_IMAGE

@@ -92,7 +92,18 @@ def test_axis_angle_is_axis_times_angle(orientation, expected):
 
 
 def test_poses_that_are_none_are_refused():
-    with pytest.raises(InputFault, match='quaternion has length 0.000'):
+    with pytest.raises(InputFault, match='quaternion has length 0,'):
         component('position_x', orientation=(0.0, 0.0, 0.0, 0.0))
     with pytest.raises(InputFault, match='not finite'):
         component('position_x', position=(math.nan, 0.0, 0.0))
+
+
+def test_a_first_message_without_names_lacks_every_joint():
+    with pytest.raises(InputFault, match='lacks .*; it has no names'):
+        fill([], [])
+
+
+def test_a_wanted_joint_that_is_given_twice_is_refused():
+    names = [dim.joint for dim in WANTED if dim.joint]
+    with pytest.raises(InputFault, match=f'given twice: {names[0]}'):
+        fill([*names, names[0]], [0.0] * (len(names) + 1))

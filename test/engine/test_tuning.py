@@ -30,10 +30,10 @@ def test_a_gpu_that_nobody_tuned_has_safe_defaults(cache):
 
 
 def test_what_was_saved_is_loaded(cache):
-    saved = TunedChoices(GPU, 13, {'a': '00ff'}, {'k': {'warps': 8}})
+    saved = TunedChoices(GPU, 13, {'a': '00ff' * 32}, {'k': {'warps': 8}})
     saved.save(tuning.user_path(GPU))
     found = tuning.load_choices(GPU, CHIP)
-    assert found.algorithm('a', 13) == '00ff'
+    assert found.algorithm('a', 13) == '00ff' * 32
     assert found.kernel('k', {'warps': 4, 'stages': 2}) == {'warps': 8, 'stages': 2}
     assert str(tuning.user_path(GPU)) in found.source
 
@@ -76,10 +76,10 @@ def test_the_users_own_tuning_wins_over_that_of_the_same_chip(cache):
     gpu = 'NVIDIA H100 80GB HBM3'
     shipped = tuning.load_choices(gpu, GH100)
     key = next(iter(shipped.algorithms))
-    own = TunedChoices(gpu, shipped.cublaslt_version, {key: '00ff'})
+    own = TunedChoices(gpu, shipped.cublaslt_version, {key: '00ff' * 32})
     own.save(tuning.user_path(gpu))
     found = tuning.load_choices(gpu, GH100)
-    assert found.algorithms == {**shipped.algorithms, key: '00ff'}
+    assert found.algorithms == {**shipped.algorithms, key: '00ff' * 32}
     assert found.source.endswith(str(tuning.user_path(gpu)))
 
 

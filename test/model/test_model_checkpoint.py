@@ -278,7 +278,7 @@ OPENPI = {'action_dim': 32, 'action_horizon': 50}
         ),
         (OPENPI | {'dims': {'vocab': 8}}, "config.json: dims: dimension 'vision' is missing"),
         (OPENPI | {'dims': 5}, 'dims must be an object with dimensions, got 5'),
-        ([1, 2], 'config.json must hold a JSON object, got list'),
+        ([1, 2], 'config.json: expected a JSON object, found list'),
     ],
 )
 def test_a_config_that_cannot_be_used_names_file_and_key(
@@ -291,7 +291,7 @@ def test_a_config_that_cannot_be_used_names_file_and_key(
 def test_a_config_that_is_no_json_is_refused(tmp_path: Path):
     write_json(tmp_path, {})
     (tmp_path / 'config.json').write_bytes(b'{"action_dim": 32, \xff')
-    with pytest.raises(CheckpointError, match='config.json cannot be read'):
+    with pytest.raises(CheckpointError, match='config.json: not valid JSON'):
         open_checkpoint(tmp_path)
 
 

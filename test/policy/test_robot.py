@@ -184,7 +184,7 @@ NOT_PLAIN = {
     'alias': ('a: &x [1]\nb: *x', 'anchor or alias'),
     'tag': ('a: !!python/object:os.system {}', 'tag .* is not allowed'),
     'key_twice': ('name: a\nname: b', "line 2: key 'name' is given twice"),
-    'nested_too_deep': ('[' * 5000, 'recursion'),
+    'nested_too_deep': ('[' * 5000, 'brackets nested more than 32 deep'),
     'huge_number': ('a: ' + '9' * 5000, 'digits'),
     'no_date': ('a: 2020-99-99', 'month'),
     'syntax': ('a: [', 'expected'),
