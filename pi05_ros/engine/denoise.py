@@ -137,10 +137,14 @@ class DenoiseStage:
     def launch_first_layer(self, layer: int) -> None:
         """Enqueue one expert layer of the first step, the same for every step count.
 
-        What the stream waits for, such as the prefix K/V of this layer on another stream, is
-        complete when the layer starts.
+        Without PDL: it waits for whatever its stream waits for, such as the prefix K/V of this
+        layer on another one, and no kernel holds multiprocessors while it waits.
         """
-        self.layer.launch(table_row(1, 0), layer, pdl_at_start=False)
+        pdl, self.layer.pdl = self.layer.pdl, False
+        try:
+            self.layer.launch(table_row(1, 0), layer)
+        finally:
+            self.layer.pdl = pdl
 
     def launch_after_first_layers(self, num_steps: int) -> None:
         """Enqueue what :meth:`launch` does behind the layers of its first step."""

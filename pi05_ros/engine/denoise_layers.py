@@ -56,26 +56,21 @@ class ClusterLayer:
         self.prefetch = True
         self.pdl = True
 
-    def launch(self, row: int, layer: int, *, pdl_at_start: bool = True) -> None:
-        """Enqueue one layer with the modulations of one row of the table.
-
-        Args:
-            pdl_at_start: the first kernel may start before the one in front of it is complete.
-        """
-        self.launch_qkv(row, layer, pdl=pdl_at_start)
+    def launch(self, row: int, layer: int) -> None:
+        """Enqueue one layer with the modulations of one row of the table."""
+        self.launch_qkv(row, layer)
         self.launch_attend(row, layer)
         self.launch_attention_out(row, layer)
         self.launch_gate_up(row, layer)
         self.launch_down(row, layer)
 
     # Each kernel also asks for the weights of a later one that are not on their way yet.
-    def launch_qkv(self, row: int, layer: int, *, pdl: bool = True) -> None:
+    def launch_qkv(self, row: int, layer: int) -> None:
         """Enqueue norm, q, k, v and their rotation: x to qkv."""
         b, w = self._buffers, self._weights
         modulation = w.modulations[row, 2 * layer]
         self._launch(
-            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv),
-            pdl=pdl,
+            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
         )  # fmt: skip
 
     def launch_attend(self, row: int, layer: int) -> None:
@@ -112,11 +107,8 @@ class ClusterLayer:
         following = w.attention_out[(layer + 1) % len(w.qkv)]
         self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
 
-    def _launch(
-        self, name: str, arguments: tuple, prefetch: Tensor | None = None, *, pdl: bool = True
-    ) -> None:
-        weights = prefetch if self.prefetch else None
-        self._kernels.launch(name, arguments, weights, pdl and self.pdl)
+    def _launch(self, name: str, arguments: tuple, prefetch: Tensor | None = None) -> None:
+        self._kernels.launch(name, arguments, prefetch if self.prefetch else None, self.pdl)
 
 
 class TritonLayer:
@@ -138,13 +130,9 @@ class TritonLayer:
         self._gate_up_shift = _shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
         self._plan()
 
-    def launch(self, row: int, layer: int, *, pdl_at_start: bool = True) -> None:
-        """Enqueue one layer with the modulations of one row of the table.
-
-        Args:
-            pdl_at_start: the first kernel may start before the one in front of it is complete.
-        """
-        self.launch_qkv(row, layer, pdl=pdl_at_start)
+    def launch(self, row: int, layer: int) -> None:
+        """Enqueue one layer with the modulations of one row of the table."""
+        self.launch_qkv(row, layer)
         self.launch_attend(row, layer)
         self.launch_merge()
         self.launch_attention_out(row, layer)
@@ -180,11 +168,10 @@ class TritonLayer:
         )  # fmt: skip
         self._gate_up_grid = (2 * expert.mlp_dim // self._gate_up_args['BN'], row_blocks)
 
-    def _start(self, pdl: bool = True, *, prefetch: bool = True) -> dict[str, Any]:
+    def _start(self, *, prefetch: bool = True) -> dict[str, Any]:
         """Return the launch arguments that say how a kernel starts."""
-        on = pdl and self.pdl
-        start = {'PDL': PDL_MODES[self.tuning.pdl if on else 'off'], 'launch_pdl': on}
-        return start | ({'PREFETCH': on and self.tuning.prefetch} if prefetch else {})
+        start = {'PDL': PDL_MODES[self.tuning.pdl if self.pdl else 'off'], 'launch_pdl': self.pdl}
+        return start | ({'PREFETCH': self.pdl and self.tuning.prefetch} if prefetch else {})
 
     def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:
         """Return the launch arguments that the two products behind a norm share."""
@@ -202,13 +189,13 @@ class TritonLayer:
             'num_stages': tiling.stages,
         }
 
-    def launch_qkv(self, row: int, layer: int, *, pdl: bool = True) -> None:
+    def launch_qkv(self, row: int, layer: int) -> None:
         """Enqueue norm, q, k, v and their rotation: scaled to qkv."""
         b, expert = self._buffers, self._expert
         small_gemm.qkv_rope_kernel[self._qkv_grid](
             b.scaled, self.ssq, self._qkv_shift[row, layer], self._weights.qkv[layer],
             b.cos, b.sin, b.n_prefix, b.qkv, self.horizon, expert.num_heads,
-            D=expert.head_dim, **self._qkv_args, **self._start(pdl),
+            D=expert.head_dim, **self._qkv_args, **self._start(),
         )  # fmt: skip
 
     def launch_attend(self, row: int, layer: int) -> None:
