@@ -135,7 +135,7 @@ def test_missing_task_is_a_warning():
 def test_stamp_from_the_future_is_a_warning():
     rig, _ = acting_rig()
     rig.image('wrist', age_ms=-10_000)
-    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'direct')
     assert found.level == WARN
     assert found.message == 'wrist image stamped 10000 ms in the future > 50 ms'
 
@@ -143,7 +143,7 @@ def test_stamp_from_the_future_is_a_warning():
 def test_cameras_apart_are_a_warning():
     rig, _ = acting_rig()
     rig.image('wrist', age_ms=80)
-    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {})
+    found = status.inputs_status(rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'direct')
     assert found.level == WARN
     assert found.message == 'wrist image is 70 ms older than base image > 50 ms'
 
