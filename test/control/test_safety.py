@@ -179,7 +179,10 @@ def test_estop_is_latched_over_starts_and_calls_no_model():
 
 
 def test_limits_do_not_hinder_robots_that_give_none():
-    robot = load_robot('libero')
+    libero = load_robot('libero')
+    free = {'min': None, 'max': None}
+    dims = tuple(dim.model_copy(update=free) for dim in libero.actions)
+    robot = libero.model_copy(update={'actions': dims})
     chunk = replace(CHUNK, actions=np.full((2, 7), 1e3, np.float32), names=robot.action_names)
     found = ActionGuard(robot).check(chunk, np.zeros(robot.state_dim), START_NS, PERIOD_NS)
     assert isinstance(found, ActionChunk)
