@@ -65,6 +65,7 @@ REASONS = {
     Reason.ACTION_NOT_FINITE: 'the model returned NaN or infinity: the whole chunk is dropped',
     Reason.ACTION_JUMP: 'the first row is further than `max_jump` from the measured joints',
     Reason.ACTION_TOO_FAST: 'faster than `max_rate` from row to row, or since the action before',
+    Reason.ACTION_TOO_LATE: 'watchdog or emergency stop acted while the action was computed',
     Reason.ESTOP: '`~/estop` was called, and `~/estop_reset` not yet',
     Reason.OVERRUN: 'the tick before took longer than the period',
 }  # fmt: skip
@@ -108,7 +109,7 @@ def diagnostics_statuses() -> list[status.Status]:
         status.lifecycle_status(view),
         status.inputs_status(inputs, settings, 0, {}, {}),
         status.pipeline_status(statistics, settings, info.stage_backends),
-        status.action_status(core, statistics, '', True, 0),
+        status.action_status(core, statistics, '', True, 0, ''),
         status.model_status(info.as_dict(), settings, ''),
         gpu_status('cuda:0', GpuReading('', '')),
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pi05_ros.model.errors import Pi05Error
+from pi05_ros.policy.limits import LIMIT_SOURCES
 
 Value = str | int | float | bool
 
@@ -82,7 +83,9 @@ class NodeSettings:
     max_skew_ms: float
     max_future_ms: float
     input_timeout_s: float
+    limits_source: str
     action_interface: str
+    execute_horizon: int
     dry_run: bool
     watchdog_periods: int
     watchdog_action: str
@@ -235,13 +238,28 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         maximum=600.0,
     ),
     ParameterSpec(
+        'limits_source',
+        'string',
+        'robot_file',
+        'Whose joint limits count. urdf: robot_description, where it has one. both: the tighter.',
+        choices=LIMIT_SOURCES,
+    ),
+    ParameterSpec(
         'action_interface',
         'string',
         'action_chunk',
-        'action_chunk: all rows as pi05_ros/ActionChunk on ~/action_chunk. '
-        'joint_trajectory: all rows on joint_trajectory. '
-        'forward_command: the first row on commands.',
-        choices=('action_chunk', 'joint_trajectory', 'forward_command'),
+        'action_chunk: rows as pi05_ros/ActionChunk on ~/action_chunk. '
+        'joint_trajectory: rows on joint_trajectory. '
+        'forward_command, joint_state: the first row on commands, joint_commands.',
+        choices=('action_chunk', 'joint_trajectory', 'forward_command', 'joint_state'),
+    ),
+    ParameterSpec(
+        'execute_horizon',
+        'int',
+        0,
+        'Rows of a chunk that are sent, from the first on; 0: all that the interface carries.',
+        minimum=0,
+        maximum=1000,
     ),
     ParameterSpec(
         'dry_run',

@@ -158,9 +158,18 @@ def pipeline_status(
 
 
 def action_status(
-    core: ControlCore, statistics: TickStatistics, topic: str, is_active: bool, now_ns: int
+    core: ControlCore,
+    statistics: TickStatistics,
+    topic: str,
+    is_active: bool,
+    now_ns: int,
+    limits_from: str,
 ) -> Status:
-    """Say whether actions go out, how old they are, and what kept ticks from acting."""
+    """Say whether actions go out, how old they are, and what kept ticks from acting.
+
+    Args:
+        limits_from: which limit comes from where, see :mod:`pi05_ros.policy.limits`.
+    """
     settings, counters, last = core.settings, core.counters, core.last
     skip = last.skip if last is not None else None
     kind = 'dry run' if settings.dry_run else 'acting'
@@ -182,6 +191,7 @@ def action_status(
         ('reused images', str(counters.reused_images)),
         ('clock jumps', str(counters.clock_jumps)),
         ('clipped by joint', clipped or 'none'),
+        ('limits from', limits_from),
         ('watchdog trips', str(counters.watchdog_trips)),
         ('emergency stop', 'latched' if core.estopped else 'off'),
         ('topic', topic),

@@ -11,6 +11,7 @@ import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -24,6 +25,8 @@ from pi05_ros.policy.types import ActionChunk
 ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 NS_PER_S = 1_000_000_000
 
+# Controllers behind these take one command at a time, not a plan.
+_FIRST_ROW_INTERFACES = ('forward_command', 'joint_state')
 _POSITION_KINDS = ('joint_position', 'gripper_position')
 _CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
 
@@ -64,6 +67,21 @@ def check_carries(interface: str, robot: RobotSpec) -> None:
         )
 
 
+def check_rows(interface: str, execute_horizon: int) -> None:
+    """Refuse to send more rows than the interface carries.
+
+    Args:
+        execute_horizon: the parameter of that name; 0 asks for what the interface carries.
+    Raises:
+        OutputError: the interface carries one row only.
+    """
+    if interface in _FIRST_ROW_INTERFACES and execute_horizon > 1:
+        raise OutputError(
+            f'action_interface {interface} carries the first row of a chunk, but execute_horizon '
+            f'is {execute_horizon}; set it to 0 or 1, or use joint_trajectory or action_chunk'
+        )
+
+
 def _not_positions(robot: RobotSpec) -> list[str]:
     return [_describe(dim) for dim in robot.actions if not _is(dim, _POSITION_KINDS)]
 
@@ -93,7 +111,7 @@ def duration_message(duration_ns: int) -> Duration:
 
 
 def trajectory_message(chunk: ActionChunk, joints: tuple[str, ...]) -> JointTrajectory:
-    """Encode every row, stamped with the oldest observation.
+    """Encode every row of the chunk, stamped with the oldest observation.
 
     A joint_trajectory_controller drops the points that lie in the past, which makes up for the
     time of the inference. Row i is due ``i * step_s`` after the stamp.
@@ -112,6 +130,18 @@ def command_message(chunk: ActionChunk) -> Float64MultiArray:
     """Encode the first row only."""
     first = np.ascontiguousarray(chunk.actions[0], dtype=np.float64)
     return Float64MultiArray(data=array.array('d', first.tobytes()))
+
+
+def joint_state_message(row: np.ndarray, dims: tuple[ActionDim, ...], stamp_ns: int) -> JointState:
+    """Encode one row (D,) as positions, or as velocities if that is what the actions are."""
+    message = JointState(name=[dim.joint for dim in dims])
+    message.header.stamp = time_message(stamp_ns)
+    values = array.array('d', np.ascontiguousarray(row, dtype=np.float64).tobytes())
+    if dims[0].kind == 'joint_velocity':
+        message.velocity = values
+    else:
+        message.position = values
+    return message
 
 
 def hold_trajectory(row: np.ndarray, joints: tuple[str, ...], step_s: float) -> JointTrajectory:
@@ -183,6 +213,7 @@ class ActionOutput:
             'action_chunk': (msg.ActionChunk, '~/action_chunk'),
             'joint_trajectory': (JointTrajectory, 'joint_trajectory'),
             'forward_command': (Float64MultiArray, 'commands'),
+            'joint_state': (JointState, 'joint_commands'),
         }[self._interface]
         self._publisher = node.create_lifecycle_publisher(kind, topic, ACTION_QOS)
 
@@ -214,10 +245,7 @@ class ActionOutput:
             if self._commanded is None or self._interface in ('dry_run', 'action_chunk'):
                 return False
             row = hold_row(self._robot.actions, self._commanded, measured)
-            if self._interface == 'joint_trajectory':
-                self._publisher.publish(hold_trajectory(row, self._joints, self._robot.step_s))
-            else:
-                self._publisher.publish(Float64MultiArray(data=array.array('d', row.tobytes())))
+            self._publisher.publish(self._encode_hold(row))
             self._commanded = None
         return True
 
@@ -241,9 +269,21 @@ class ActionOutput:
         """Remove the publisher."""
         self._node.destroy_lifecycle_publisher(self._publisher)
 
-    def _encode(self, chunk: ActionChunk) -> JointTrajectory | Float64MultiArray | msg.ActionChunk:
+    def _encode_hold(self, row: np.ndarray) -> JointTrajectory | Float64MultiArray | JointState:
+        if self._interface == 'joint_trajectory':
+            return hold_trajectory(row, self._joints, self._robot.step_s)
+        if self._interface == 'joint_state':
+            now_ns = self._node.get_clock().now().nanoseconds
+            return joint_state_message(row, self._robot.actions, now_ns)
+        return Float64MultiArray(data=array.array('d', row.tobytes()))
+
+    def _encode(
+        self, chunk: ActionChunk
+    ) -> JointTrajectory | Float64MultiArray | JointState | msg.ActionChunk:
         if self._interface == 'joint_trajectory':
             return trajectory_message(chunk, self._joints)
         if self._interface == 'forward_command':
             return command_message(chunk)
+        if self._interface == 'joint_state':
+            return joint_state_message(chunk.actions[0], self._robot.actions, chunk.stamp_ns)
         return chunk_message(chunk, self._origin, dry_run=self._interface == 'dry_run')

@@ -61,6 +61,7 @@ class Session:
         node: owner of the subscriptions and publishers.
         robot: has been checked against the settings.
         foreign_decoder: for image encodings that are not read natively.
+        limits_from: where the robot's limits come from, in words.
     Attributes:
         running: None until :meth:`open` has finished.
     """
@@ -71,9 +72,11 @@ class Session:
         settings: NodeSettings,
         robot: RobotSpec,
         foreign_decoder: ForeignDecoder | None,
+        limits_from: str,
     ) -> None:
         self.settings = settings
         self.robot = robot
+        self.limits_from = limits_from
         self.running: Running | None = None
         self.statistics = TickStatistics()
         self._node = node
@@ -165,12 +168,12 @@ class Session:
             self._hold('the node stops acting')
 
     def set_estop(self, latched: bool) -> None:
-        """Latch the emergency stop and make the robot hold, or release it."""
+        """Latch the emergency stop and make the robot hold, or release it; from any thread."""
         if self.running is None:
             return
         self.running.core.estopped = latched
         if latched:
-            self._feeds.poll()
+            self.running.core.interrupt()
             self._hold('emergency stop')
 
     def update(self, settings: NodeSettings) -> None:
@@ -189,6 +192,8 @@ class Session:
         result = running.core.tick(now_ns)
         if result.chunk is not None:
             running.output.publish(result.chunk)
+            if running.core.estopped:  # since the core looked: the hold has to be the last
+                self._hold('emergency stop')
             if self._watchdog is not None:
                 self._watchdog.feed()
             tick_ms = (time.perf_counter_ns() - began_ns) / NS_PER_MS
@@ -215,7 +220,9 @@ class Session:
         return [
             of_inputs,
             status.pipeline_status(self.statistics, settings, info.stage_backends),
-            status.action_status(core, self.statistics, topic, is_active, now_ns),
+            status.action_status(
+                core, self.statistics, topic, is_active, now_ns, self.limits_from
+            ),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
             self.running.gpu.status(),
         ]
@@ -228,6 +235,7 @@ class Session:
         """Act for the watchdog, in its thread."""
         running, settings = self._running(), self.settings
         running.core.counters.watchdog_trips += 1
+        running.core.interrupt()
         why = f'watchdog: no action in {settings.watchdog_timeout_s:g} s'
         if settings.watchdog_action == 'hold':
             self._hold(why)

@@ -188,7 +188,7 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level):
 def test_action_text():
     rig, statistics = acting_rig()
     assert_text(
-        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns),
+        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 'urdf'),
         """
         [OK] Action: dry run on /commands
           Target frequency (Hz): 20.0
@@ -204,6 +204,7 @@ def test_action_text():
           reused images: 0
           clock jumps: 0
           clipped by joint: panda_finger_joint1=3, panda_joint4=3
+          limits from: urdf
           watchdog trips: 0
           emergency stop: off
           topic: /commands
@@ -216,7 +217,7 @@ def test_action_says_what_keeps_ticks_from_acting():
     rig, statistics = acting_rig()
     rig.now_ns += 200 * MS
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 'urdf')
     assert found.level == WARN
     assert found.message == (
         '3 of the last 7 ticks acted; stale_input: base image 210 ms old > 100 ms'
@@ -229,7 +230,7 @@ def test_action_is_an_error_when_no_tick_acts():
     rig.core.start()
     rig.inputs.clear()
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 'urdf')
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
 
@@ -237,7 +238,7 @@ def test_action_is_an_error_when_no_tick_acts():
 def test_action_is_quiet_while_not_active():
     rig, statistics = acting_rig()
     rig.core.start()
-    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns)
+    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns, '')
     assert (found.level, found.message) == (OK, 'not active')
 
 
