@@ -69,7 +69,6 @@ class PolicyNode(ManagedNode):
         self._node_parameters = NodeParameters(self, self._change_settings)
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
         self._doctor = DoctorService(self, self._node_parameters, self._statuses)
-        self._report_now = self.create_guard_condition(self._diagnostics.publish)
         self._estop_services = EstopServices(self, self._latch)
 
     def destroy_node(self) -> None:
@@ -145,7 +144,6 @@ class PolicyNode(ManagedNode):
                 self._session.set_estop(estopped)
         if was_latched != estopped:
             self.get_logger().warning(f'emergency stop {"latched" if estopped else "released"}')
-            self._report_now.trigger()
         return was_latched
 
     def _log_change(self, skip: Skip | None) -> None:

@@ -235,7 +235,8 @@ class Session:
         """Act for the watchdog, in its thread."""
         running, settings = self._running(), self.settings
         running.core.counters.watchdog_trips += 1
-        running.core.interrupt()
+        if not settings.dry_run:  # in a dry run nothing moves that an old action could disturb
+            running.core.interrupt()
         why = f'watchdog: no action in {settings.watchdog_timeout_s:g} s'
         if settings.watchdog_action == 'hold':
             self._hold(why)
