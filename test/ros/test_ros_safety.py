@@ -209,6 +209,24 @@ def test_hold_is_on_the_wire_while_the_inference_hangs_and_its_late_action_is_dr
         assert is_hold(commands[-1], 0.1)
 
 
+def test_dry_run_says_what_came_of_a_hang_as_nothing_moves_in_it():
+    hanging = Hanging()
+    with bench(hanging.policy) as b:
+        b.start()
+        b.until(lambda: b.observer.chunks)
+        counters = b.node._session.running.core.counters
+
+        def release_after_the_trip() -> None:
+            hanging.hangs.wait(DEADLINE_S)
+            wait_until(lambda: counters.watchdog_trips == 1)
+            hanging.release()
+
+        hanging.hang.set()
+        with aside(release_after_the_trip):
+            b.until(lambda: b.observer.values('Action').get('watchdog trips') == '1')
+        assert 'action_too_late' not in b.observer.counts()
+
+
 def test_estop_acts_at_once_while_the_inference_hangs():
     hanging, seen = Hanging(), []
     patient = {**LIVE, 'watchdog_periods': 1000}
