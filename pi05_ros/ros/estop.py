@@ -55,7 +55,14 @@ class EstopServices:
             self._executor.spin()
 
     def _on_estop(self, request: Any, response: Any) -> Any:
-        self._latch(True)
+        try:
+            self._latch(True)
+        except (
+            Exception
+        ) as error:  # e.g. the middleware; latched by then, and the next call counts
+            response.message = f'latched, but no hold is sent: {type(error).__name__}: {error}'
+            self._node.get_logger().error(f'emergency stop {response.message}')
+            return response
         response.success, response.message = True, 'latched; ~/estop_reset releases it'
         return response
 

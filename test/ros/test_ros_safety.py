@@ -250,6 +250,21 @@ def test_estop_acts_at_once_while_the_inference_hangs():
         assert [is_hold(command, 0.1) for command in commands].count(True) == 1
 
 
+def test_estop_that_cannot_hold_is_latched_says_so_and_answers_again(monkeypatch):
+    def fail(measured: object) -> None:
+        raise RuntimeError('publisher lost')
+
+    with bench(parameters=LIVE) as b:
+        b.start()
+        with monkeypatch.context() as broken:
+            broken.setattr(b.node._session.running.output, 'hold', fail)
+            answer = trigger(b, 'estop')
+        assert not answer.success
+        assert answer.message == 'latched, but no hold is sent: RuntimeError: publisher lost'
+        b.until(lambda: b.observer.counts().get('estop', 0) >= 1)
+        assert trigger(b, 'estop_reset').message == 'released'
+
+
 def test_estop_is_taken_while_the_node_configures():
     def load(settings: object, sizes: object) -> SmallPolicy:
         b.until(estop.service_is_ready, send=False)
@@ -293,7 +308,7 @@ def test_estop_holds_once_and_stays_until_it_is_reset():
         assert len(commands) == held
         assert trigger(b, 'estop_reset').message == 'released'
         b.until(lambda: len(commands) > held)
-        b.until(lambda: b.observer.values('Action')['emergency stop'] == 'off')
+        b.until(lambda: b.observer.values('Action').get('emergency stop') == 'off')
 
 
 def test_activation_is_refused_while_another_node_commands():
