@@ -100,7 +100,7 @@ def draw(path: Path) -> None:
     outputs = [
         (47, '~/dry_run/action_chunk', 'shipped default: moves nothing'),
         (38, 'joint_trajectory', 'joint_trajectory_controller'),
-        (29, 'commands', 'forward_command_controller'),
+        (29, 'commands', 'or JointState: joint_commands'),
         (20, '~/action_chunk', 'pi05_ros/ActionChunk, all rows'),
     ]
     for y, title, line in outputs:

@@ -21,12 +21,8 @@ from pi05_ros.control import status
 from pi05_ros.control.core import ControlCore
 from pi05_ros.control.gpu import GpuReading, gpu_status
 from pi05_ros.control.inputs import Inputs
-from pi05_ros.control.parameters import (
-    CAMERA_PARAMETERS,
-    PARAMETERS,
-    ParameterSpec,
-    settings_from_values,
-)
+from pi05_ros.control.parameter_table import CAMERA_PARAMETERS, PARAMETERS, ParameterSpec
+from pi05_ros.control.parameters import settings_from_values
 from pi05_ros.control.reasons import Reason
 from pi05_ros.control.statistics import STAGE_NAMES, TickStatistics
 from pi05_ros.engine.pipeline import STAGES
@@ -70,6 +66,7 @@ REASONS = {
     Reason.ACTION_NOT_FINITE: 'the model returned NaN or infinity: the whole chunk is dropped',
     Reason.ACTION_JUMP: 'the first row is further than `max_jump` from the measured joints',
     Reason.ACTION_TOO_FAST: 'faster than `max_rate` from row to row, or since the action before',
+    Reason.ACTION_TOO_LATE: 'watchdog or emergency stop acted while the action was computed',
     Reason.ESTOP: '`~/estop` was called, and `~/estop_reset` not yet',
     Reason.OVERRUN: 'the tick before took longer than the period',
 }  # fmt: skip
@@ -113,7 +110,7 @@ def diagnostics_statuses() -> list[status.Status]:
         status.lifecycle_status(view),
         status.inputs_status(inputs, settings, 0, {}, {}, 'direct'),
         status.pipeline_status(statistics, settings, info.stage_backends),
-        status.action_status(core, statistics, '', True, 0, 0),
+        status.action_status(core, statistics, status.OutputView('', 0, ''), True, 0),
         status.model_status(info.as_dict(), settings, ''),
         gpu_status('cuda:0', GpuReading('', '')),
     ]

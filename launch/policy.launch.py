@@ -16,7 +16,7 @@ from launch.actions import (
 from launch.event_handlers import OnProcessStart
 from launch.events import matches_action
 from launch.launch_description_entity import LaunchDescriptionEntity
-from launch_ros.actions import LifecycleNode
+from launch_ros.actions import LifecycleNode, Node
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
@@ -25,6 +25,7 @@ from lifecycle_msgs.msg import Transition
 
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.launch_arguments import ARGUMENTS, check_params_file, node_parameters
+from pi05_ros.resources import config_dir
 from pi05_ros.transport import profile_environment
 
 
@@ -58,7 +59,20 @@ def _start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         output='screen',
         emulate_tty=True,
     )
-    return [*(_autostart(node) if values['autostart'] == 'true' else []), node]
+    autostart = _autostart(node) if values['autostart'] == 'true' else []
+    monitors = [_aggregator()] if values['diagnostics_aggregator'] == 'true' else []
+    return [*autostart, node, *monitors]
+
+
+def _aggregator() -> Node:
+    """Collects the diagnostics of all nodes, so it belongs to no namespace."""
+    return Node(
+        package='diagnostic_aggregator',
+        executable='aggregator_node',
+        namespace='/',
+        parameters=[str(config_dir() / 'diagnostic_analyzers.yaml')],
+        output='screen',
+    )
 
 
 def _full_name(context: LaunchContext, namespace: str) -> str:

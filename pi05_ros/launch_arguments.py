@@ -86,6 +86,12 @@ ARGUMENTS: tuple[LaunchArgument, ...] = (
         'true: configure and activate the node. false: leave it unconfigured.',
         choices=('true', 'false'),
     ),
+    LaunchArgument(
+        'diagnostics_aggregator',
+        'false',
+        'true: also start the aggregator that rqt_robot_monitor listens to (one for all robots).',
+        choices=('true', 'false'),
+    ),
     _LOG_LEVEL,
     _FASTDDS_PROFILE,
 )

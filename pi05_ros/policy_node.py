@@ -8,24 +8,27 @@ publishes. This file ties it to lifecycle, parameters, the tick timer and the di
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Any, NoReturn
 
 from rclpy.timer import Timer
-from std_srvs.srv import Trigger
 
 from pi05_ros.control import status
 from pi05_ros.control.clock import ClockWatch
 from pi05_ros.control.device import DeviceWatch, first_line
+from pi05_ros.control.limits import needs_description, with_limits
 from pi05_ros.control.loading import check_settings, load
 from pi05_ros.control.parameter_file import NODE_NAME
 from pi05_ros.control.parameters import NodeSettings
 from pi05_ros.control.reasons import Skip
 from pi05_ros.ros.bridge import RosLogHandler, environment, find_converter, hardware_id
+from pi05_ros.ros.description import receive_description
 from pi05_ros.ros.diagnostics import DiagnosticsPublisher
 from pi05_ros.ros.doctor import DoctorService
+from pi05_ros.ros.estop import EstopServices
 from pi05_ros.ros.lifecycle import ManagedNode
-from pi05_ros.ros.outputs import check_carries
+from pi05_ros.ros.outputs import check_carries, check_rows
 from pi05_ros.ros.parameters import NodeParameters
 from pi05_ros.ros.run import leave, run
 from pi05_ros.ros.session import LoadPolicy, Session
@@ -54,6 +57,7 @@ class PolicyNode(ManagedNode):
         self._session: Session | None = None
         self._tick_timer: Timer | None = None
         self._estopped = False
+        self._estop_lock = threading.Lock()  # between the services' thread and the transitions
         self._last_skip: Skip | None = None
         self._progress = ''
         self._clock_watch = ClockWatch()
@@ -69,15 +73,11 @@ class PolicyNode(ManagedNode):
         )
         self._diagnostics = DiagnosticsPublisher(self, self._statuses)
         self._doctor = DoctorService(self, self._node_parameters, self._statuses)
-        # rclpy's types know no service types.
-        trigger: Any = Trigger
-        self._estop_services = [
-            self.create_service(trigger, '~/estop', self._on_estop),
-            self.create_service(trigger, '~/estop_reset', self._on_estop_reset),
-        ]
+        self._estop_services = EstopServices(self, self._latch)
 
     def destroy_node(self) -> None:
         """Free the node; its logger is gone afterwards."""
+        self._estop_services.destroy()
         logging.getLogger('pi05_ros').removeHandler(self._log_handler)
         super().destroy_node()
 
@@ -87,14 +87,24 @@ class PolicyNode(ManagedNode):
         self._device_watch.check(settings.device)
         robot = check_settings(settings)
         check_carries(settings.action_interface, robot)
-        self._session = Session(self, settings, robot, self._converter.decode)
+        check_rows(settings.action_interface, settings.execute_horizon)
+        robot, limits_from = with_limits(robot, settings, self._description(settings))
+        self.get_logger().info(f'limits: {limits_from}')
+        self._session = Session(self, settings, robot, self._converter.decode, limits_from)
         try:
             self._session.open(self._load_policy, self._report_progress)
         except Exception as error:
             raise self._device_watch.explain(error) from None
         assert self._session.running is not None
-        self._session.set_estop(self._estopped)
+        with self._estop_lock:
+            self._session.set_estop(self._estopped)
         self._diagnostics.hardware_id = hardware_id(self._session.running.policy.info.device)
+
+    def _description(self, settings: NodeSettings) -> bytes:
+        if not needs_description(settings):
+            return b''
+        self._report_progress('waiting for the robot description')
+        return receive_description(self, settings.input_timeout_s)
 
     def _arm(self) -> None:
         assert self._session is not None
@@ -114,7 +124,8 @@ class PolicyNode(ManagedNode):
             self._session.stop()
 
     def _teardown(self) -> None:
-        session, self._session = self._session, None
+        with self._estop_lock:
+            session, self._session = self._session, None
         if session is None:
             return
         try:
@@ -144,24 +155,15 @@ class PolicyNode(ManagedNode):
         elif core.health != health:
             self._diagnostics.publish()
 
-    def _on_estop(self, request: Any, response: Any) -> Any:
-        """Latch the emergency stop, in every state of the node."""
-        self._latch(True)
-        response.success, response.message = True, 'latched; ~/estop_reset releases it'
-        return response
-
-    def _on_estop_reset(self, request: Any, response: Any) -> Any:
-        response.success, response.message = True, 'released' if self._estopped else 'was not set'
-        self._latch(False)
-        return response
-
-    def _latch(self, estopped: bool) -> None:
-        if estopped != self._estopped:
+    def _latch(self, estopped: bool) -> bool:
+        """Latch or release the emergency stop, in every state of the node, from any thread."""
+        with self._estop_lock:
+            was_latched, self._estopped = self._estopped, estopped
+            if self._session is not None:
+                self._session.set_estop(estopped)
+        if was_latched != estopped:
             self.get_logger().warning(f'emergency stop {"latched" if estopped else "released"}')
-        self._estopped = estopped
-        if self._session is not None:
-            self._session.set_estop(estopped)
-        self._diagnostics.publish()
+        return was_latched
 
     def _log_change(self, skip: Skip | None) -> None:
         """Log when ticks begin to be skipped, for another reason, and when they act again."""

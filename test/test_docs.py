@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi05_ros.control.parameters import parameter_specs
+from pi05_ros.control.parameter_table import parameter_specs
 from pi05_ros.control.reasons import Reason
 from pi05_ros.launch_arguments import ARGUMENTS
 from pi05_ros.msg import ActionChunk, StageTiming
@@ -96,7 +96,8 @@ def test_every_topic_that_the_node_names_is_listed_and_no_other():
     sources = [ROOT / 'pi05_ros' / 'control' / 'topics.py', *(ROOT / 'pi05_ros/ros').glob('*.py')]
     text = '\n'.join(source.read_text(encoding='utf-8') for source in sources)
     named = set(re.findall(r"'((?:~/|/diag)[\w/]+)'", text))
-    named |= {'joint_states', 'eef_pose', 'task_prompt', 'joint_trajectory', 'commands'}
+    named |= {'joint_states', 'eef_pose', 'task_prompt', 'robot_description'}
+    named |= {'joint_trajectory', 'commands', 'joint_commands'}
     named |= {'camera/NAME/image_raw', 'camera/NAME/image_raw/compressed'}
     assert shown == named
 

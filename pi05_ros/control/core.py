@@ -24,6 +24,10 @@ from .window import RateMeter
 
 # A pause between two ticks that is longer than this is a jump of the clock, not a slow inference.
 MAX_OVERRUN_NS = 10_000_000_000
+_ESTOPPED = Skip(Reason.ESTOP, '', 'the emergency stop is latched; ~/estop_reset releases it')
+_TOO_LATE = Skip(
+    Reason.ACTION_TOO_LATE, '', 'the watchdog or the emergency stop acted while it was computed'
+)
 
 
 class PolicyLike(Protocol):
@@ -109,12 +113,13 @@ class ControlCore:
         self.policy = policy
         self.settings = settings
         self.estopped = False
+        self._interrupts = 0
         self.start()
 
     def start(self) -> None:
         """Begin counting at tick 0; called when the node is activated."""
         self.counters = Counters()
-        self.guard = ActionGuard(self.inputs.robot)
+        self.guard = ActionGuard(self.inputs.robot, self.settings.execute_horizon)
         self.last: TickResult | None = None
         self.recent: deque[bool] = deque(maxlen=max(1, round(self.settings.rate_hz)))
         self.action_rate = RateMeter()
@@ -124,6 +129,10 @@ class ControlCore:
         self._clock_ns: int | None = None
         self._jumped = False
         self._used_images: dict[str, int] = {}
+
+    def interrupt(self) -> None:
+        """Drop the action that is being computed: the robot was made to hold; from any thread."""
+        self._interrupts += 1
 
     def update(self, settings: NodeSettings) -> None:
         """Take changed settings (only those that are not read-only differ)."""
@@ -186,8 +195,7 @@ class ControlCore:
         """Check everything that is cheap first; decode images last."""
         inputs, settings = self.inputs, self.settings
         if self.estopped:
-            detail = 'the emergency stop is latched; ~/estop_reset releases it'
-            return Skip(Reason.ESTOP, '', detail)
+            return _ESTOPPED
         skip = inputs.missing()
         if skip is not None:
             if self._jumped:
@@ -224,7 +232,7 @@ class ControlCore:
     def _act(
         self, observation: Observation, now_ns: int
     ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
-        settings = self.settings
+        settings, interrupts = self.settings, self._interrupts
         try:
             chunk = self.policy.act(
                 observation,
@@ -237,6 +245,9 @@ class ControlCore:
         except Exception as error:  # a broken device or model: counted here, handled by the caller
             detail = f'{type(error).__name__}: {first_line(error)}'
             return None, Skip(Reason.INFERENCE_FAILED, '', detail), error
+        if self._interrupts != interrupts:
+            # The robot holds by now; what was seen before that is no reason to move again.
+            return None, _ESTOPPED if self.estopped else _TOO_LATE, None
         checked = self.guard.check(chunk, observation.state, now_ns, settings.period_ns)
         if isinstance(checked, Skip):
             return None, checked, None

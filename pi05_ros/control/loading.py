@@ -12,7 +12,8 @@ from pi05_ros.policy.robot import RobotSpec, load_robot
 from pi05_ros.policy.types import Observation
 
 from .core import PolicyLike
-from .parameters import MAX_STEPS, NodeSettings, ParameterError
+from .parameter_table import MAX_STEPS
+from .parameters import NodeSettings, ParameterError
 
 if TYPE_CHECKING:
     from pi05_ros.policy.policy import Policy
@@ -51,11 +52,12 @@ def load(settings: NodeSettings, camera_sizes_px: Mapping[str, tuple[int, int]])
     Args:
         camera_sizes_px: camera -> (height, width) of its images.
     Raises:
-        Pi05Error: any file is unusable, or the backend cannot run here.
+        Pi05Error: any file is unusable, the backend cannot run here, or a chunk has fewer rows
+            than are to be sent.
     """
     from pi05_ros.policy.loading import PolicyOptions, load_policy  # torch, as above
 
-    return load_policy(
+    policy = load_policy(
         PolicyOptions(
             checkpoint=settings.checkpoint,
             robot=settings.robot,
@@ -70,6 +72,14 @@ def load(settings: NodeSettings, camera_sizes_px: Mapping[str, tuple[int, int]])
             max_steps=MAX_STEPS,
         )
     )
+    rows = policy.info.horizon
+    if settings.execute_horizon > rows:
+        policy.close()
+        raise ParameterError(
+            f'execute_horizon is {settings.execute_horizon}, but a chunk has {rows} rows; '
+            f'expected 0 (all of them) to {rows}'
+        )
+    return policy
 
 
 def resolve_precision(settings: NodeSettings) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from pi05_ros.policy.robot import load_robot
 from pi05_ros.policy.strict_yaml import YamlError, read_parameter_yaml
 
-from .parameters import PARAMETERS, NodeSettings, ParameterError, settings_from_values
+from .parameter_table import PARAMETERS
+from .parameters import NodeSettings, ParameterError, settings_from_values
 
 NODE_NAME = 'pi05_policy'
 DEFAULT_ROBOT = next(str(spec.default) for spec in PARAMETERS if spec.name == 'robot')

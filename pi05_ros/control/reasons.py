@@ -29,6 +29,7 @@ class Reason(str, Enum):
     ACTION_NOT_FINITE = 'action_not_finite'
     ACTION_JUMP = 'action_jump'
     ACTION_TOO_FAST = 'action_too_fast'
+    ACTION_TOO_LATE = 'action_too_late'
     ESTOP = 'estop'
     OVERRUN = 'overrun'
 

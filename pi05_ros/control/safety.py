@@ -39,18 +39,22 @@ class _Sent:
 class ActionGuard:
     """Lets a chunk pass, clips it to the position limits, or refuses it as a whole.
 
-    In this order: every value is finite; values outside of ``min`` and ``max`` are clipped; the
-    first row is within ``max_jump`` of the measured joints; no row and no action is faster than
-    ``max_rate`` after the one before. An action may also go as far as the joint itself went since:
-    it follows a robot that was moved by hand, reset, or played from a bag that begins again.
+    In this order: every value is finite, also of the rows that are not sent; values outside of
+    ``min`` and ``max`` are clipped; the first row is within ``max_jump`` of the measured joints;
+    no row and no action is faster than ``max_rate`` after the one before. An action may also go as
+    far as the joint itself went since: it follows a robot that was moved by hand, reset, or played
+    from a bag that begins again.
 
+    Args:
+        rows: how many of a chunk are sent, from the first on; 0 for all.
     Attributes:
         clips: action dimension -> chunks in which it was clipped.
     """
 
-    def __init__(self, robot: RobotSpec) -> None:
+    def __init__(self, robot: RobotSpec, rows: int = 0) -> None:
         dims = robot.actions
         self._dims = dims
+        self._sent_rows = rows or None
         self._low = _inwards([-np.inf if dim.min is None else dim.min for dim in dims], np.inf)
         self._high = _inwards([np.inf if dim.max is None else dim.max for dim in dims], -np.inf)
         self._max_jump = np.array([dim.jump_limit for dim in dims])
@@ -72,7 +76,7 @@ class ActionGuard:
     def check(
         self, chunk: ActionChunk, state: np.ndarray, now_ns: int, period_ns: int
     ) -> ActionChunk | Skip:
-        """Return the chunk as it may be sent, or why it may not.
+        """Return the chunk as it may be sent, cut to the rows that are, or why it may not.
 
         Args:
             state: (S,) float64 of the observation, in robot units.
@@ -83,15 +87,16 @@ class ActionGuard:
         if not finite.all():
             names = ', '.join(chunk.names[column] for column in np.flatnonzero(~finite))
             return Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
-        actions = self.clip(chunk.actions)
+        sent = chunk.actions[: self._sent_rows]
+        actions = self.clip(sent)
         rows = actions.astype(np.float64)
         now = _Sent(rows[0], self._measured_of(state), now_ns)
         skip = self._jump(now) or self._rate(rows, chunk.step_s, now, period_ns)
         if skip is not None:
             return skip
         self._last = now
-        if actions is not chunk.actions:
-            clipped = np.flatnonzero((actions != chunk.actions).any(axis=0))
+        if actions is not sent:
+            clipped = np.flatnonzero((actions != sent).any(axis=0))
             self.clips.update(chunk.names[column] for column in clipped)
         return replace(chunk, actions=actions)
 

@@ -59,6 +59,21 @@ class LifecycleView:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OutputView:
+    """Where actions go.
+
+    Args:
+        topic: after namespace and remapping.
+        listeners: how many subscribe to it.
+        limits_from: which limit comes from where, see :mod:`pi05_ros.policy.limits`.
+    """
+
+    topic: str
+    listeners: int
+    limits_from: str
+
+
 def lifecycle_status(view: LifecycleView) -> Status:
     """Say in which state the node is, and why the last transition failed."""
     level, message = OK, view.state
@@ -173,19 +188,18 @@ def aim(settings: NodeSettings, topic: str) -> str:
 def action_status(
     core: ControlCore,
     statistics: TickStatistics,
-    topic: str,
+    output: OutputView,
     is_active: bool,
     now_ns: int,
-    listeners: int,
     clock_stopped: bool = False,
 ) -> Status:
     """Say whether actions go out, how old they are, and what kept ticks from acting.
 
     Args:
-        listeners: how many subscribe to ``topic``.
         clock_stopped: nothing ticks, so what the last ticks did says nothing of the present.
     """
     settings, counters, last = core.settings, core.counters, core.last
+    topic = output.topic
     skip = last.skip if last is not None else None
     level, message = OK, aim(settings, topic) if is_active else 'not active'
     if is_active and clock_stopped:
@@ -194,7 +208,7 @@ def action_status(
         level, acted = core.health, sum(core.recent)
         why = str(skip) if skip is not None else 'overrun: ticks take longer than the period'
         message = f'{acted} of the last {len(core.recent)} ticks acted; {why}'
-    if is_active and not listeners and not settings.dry_run:
+    if is_active and not output.listeners and not settings.dry_run:
         level, message = max(level, WARN), f'{message}; nobody subscribes to {topic}'
     by_reason = ', '.join(f'{reason}={count}' for reason, count in sorted(counters.skips.items()))
     clipped = ', '.join(f'{name}={count}' for name, count in sorted(core.guard.clips.items()))
@@ -209,6 +223,7 @@ def action_status(
         ('reused images', str(counters.reused_images)),
         ('clock jumps', str(counters.clock_jumps)),
         ('clipped by joint', clipped or 'none'),
+        ('limits from', output.limits_from),
         ('watchdog trips', str(counters.watchdog_trips)),
         ('emergency stop', 'latched' if core.estopped else 'off'),
         ('topic', topic),

@@ -11,6 +11,7 @@ from .parameters import NodeSettings
 JOINT_STATES = 'joint_states'
 EEF_POSE = 'eef_pose'
 TASK_PROMPT = 'task_prompt'
+ROBOT_DESCRIPTION = 'robot_description'
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ def input_topics(robot: RobotSpec, settings: NodeSettings) -> tuple[InputTopic, 
         InputTopic(TASK_PROMPT, TASK_PROMPT, 'std_msgs/msg/String', 'reliable', latched=True)
     )
     return tuple(topics)
+
+
+def description_topic() -> InputTopic:
+    """Return where robot_state_publisher sends the URDF; read once, when the node configures."""
+    return InputTopic(
+        ROBOT_DESCRIPTION, ROBOT_DESCRIPTION, 'std_msgs/msg/String', 'reliable', latched=True
+    )
 
 
 def _camera_topic(camera: str, settings: NodeSettings) -> InputTopic:

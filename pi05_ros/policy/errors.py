@@ -22,6 +22,10 @@ class RobotError(Pi05Error):
     """A robot file is missing, cannot be read, or does not fit the checkpoint."""
 
 
+class UrdfError(Pi05Error):
+    """A robot description cannot be read, or its limits do not fit the robot file."""
+
+
 class NormError(Pi05Error):
     """Normalisation statistics are missing, damaged, or of another robot."""
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from rclpy.node import Node
 from std_srvs.srv import Trigger
 
+from pi05_ros.control.limits import needs_description
 from pi05_ros.control.status import LEVEL_NAMES, OK, Status
-from pi05_ros.control.topics import TASK_PROMPT, InputTopic, input_topics
+from pi05_ros.control.topics import TASK_PROMPT, InputTopic, description_topic, input_topics
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.robot import load_robot
 
@@ -45,6 +46,8 @@ class DoctorService:
         try:
             settings = self._parameters.settings()
             topics = input_topics(load_robot(settings.robot), settings)
+            if needs_description(settings):
+                topics += (description_topic(),)
         except Pi05Error as error:
             return [f'parameters: {error}']
         found = [input_finding(self._node, topic) for topic in topics]

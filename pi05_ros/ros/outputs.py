@@ -11,6 +11,7 @@ import numpy as np
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -27,6 +28,8 @@ ACTION_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 # A subscriber whose machine is gone must not keep the node from ending.
 _LAST_COMMAND_PATIENCE = Duration(seconds=1)
 
+# Controllers behind these take one command at a time, not a plan.
+_FIRST_ROW_INTERFACES = ('forward_command', 'joint_state')
 _POSITION_KINDS = ('joint_position', 'gripper_position')
 _CONTROLLER_UNITS = ('rad', 'm', 'rad/s', 'm/s')
 
@@ -67,6 +70,21 @@ def check_carries(interface: str, robot: RobotSpec) -> None:
         )
 
 
+def check_rows(interface: str, execute_horizon: int) -> None:
+    """Refuse to send more rows than the interface carries.
+
+    Args:
+        execute_horizon: the parameter of that name; 0 asks for what the interface carries.
+    Raises:
+        OutputError: the interface carries one row only.
+    """
+    if interface in _FIRST_ROW_INTERFACES and execute_horizon > 1:
+        raise OutputError(
+            f'action_interface {interface} carries the first row of a chunk, but execute_horizon '
+            f'is {execute_horizon}; set it to 0 or 1, or use joint_trajectory or action_chunk'
+        )
+
+
 def _not_positions(robot: RobotSpec) -> list[str]:
     return [_describe(dim) for dim in robot.actions if not _is(dim, _POSITION_KINDS)]
 
@@ -87,6 +105,18 @@ def command_message(chunk: ActionChunk) -> Float64MultiArray:
     """Encode the first row only."""
     first = np.ascontiguousarray(chunk.actions[0], dtype=np.float64)
     return Float64MultiArray(data=array.array('d', first.tobytes()))
+
+
+def joint_state_message(row: np.ndarray, dims: tuple[ActionDim, ...], stamp_ns: int) -> JointState:
+    """Encode one row (D,) as positions, or as velocities if that is what the actions are."""
+    message = JointState(name=[dim.joint for dim in dims])
+    message.header.stamp = time_message(stamp_ns)
+    values = array.array('d', np.ascontiguousarray(row, dtype=np.float64).tobytes())
+    if dims[0].kind == 'joint_velocity':
+        message.velocity = values
+    else:
+        message.position = values
+    return message
 
 
 def hold_trajectory(row: np.ndarray, joints: tuple[str, ...], step_s: float) -> JointTrajectory:
@@ -159,6 +189,7 @@ class ActionOutput:
             'action_chunk': (msg.ActionChunk, '~/action_chunk'),
             'joint_trajectory': (JointTrajectory, 'joint_trajectory'),
             'forward_command': (Float64MultiArray, 'commands'),
+            'joint_state': (JointState, 'joint_commands'),
         }[self._interface]
         self._publisher = node.create_lifecycle_publisher(kind, topic, ACTION_QOS)
 
@@ -195,10 +226,7 @@ class ActionOutput:
             if self._commanded is None or self._interface in ('dry_run', 'action_chunk'):
                 return False
             row = hold_row(self._robot.actions, self._commanded, measured)
-            if self._interface == 'joint_trajectory':
-                self._publisher.publish(hold_trajectory(row, self._joints, self._robot.step_s))
-            else:
-                self._publisher.publish(Float64MultiArray(data=array.array('d', row.tobytes())))
+            self._publisher.publish(self._encode_hold(row))
             self._commanded = None
         return True
 
@@ -229,9 +257,21 @@ class ActionOutput:
             )
         self._node.destroy_lifecycle_publisher(self._publisher)
 
-    def _encode(self, chunk: ActionChunk) -> bytes | Float64MultiArray | msg.ActionChunk:
+    def _encode_hold(self, row: np.ndarray) -> JointTrajectory | Float64MultiArray | JointState:
+        if self._interface == 'joint_trajectory':
+            return hold_trajectory(row, self._joints, self._robot.step_s)
+        if self._interface == 'joint_state':
+            now_ns = self._node.get_clock().now().nanoseconds
+            return joint_state_message(row, self._robot.actions, now_ns)
+        return Float64MultiArray(data=array.array('d', row.tobytes()))
+
+    def _encode(
+        self, chunk: ActionChunk
+    ) -> bytes | Float64MultiArray | JointState | msg.ActionChunk:
         if self._interface == 'joint_trajectory':
             return self._encoder.encode(chunk)
         if self._interface == 'forward_command':
             return command_message(chunk)
+        if self._interface == 'joint_state':
+            return joint_state_message(chunk.actions[0], self._robot.actions, chunk.stamp_ns)
         return chunk_message(chunk, self._origin, dry_run=self._interface == 'dry_run')

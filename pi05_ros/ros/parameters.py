@@ -13,14 +13,12 @@ from rcl_interfaces.msg import (
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
+from pi05_ros.control.parameter_table import INACTIVE, ParameterSpec, parameter_specs
 from pi05_ros.control.parameters import (
-    INACTIVE,
     NodeSettings,
     ParameterError,
-    ParameterSpec,
     coerce,
     is_ros_own,
-    parameter_specs,
     settings_from_values,
     unknown_parameter,
 )

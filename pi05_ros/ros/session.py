@@ -63,6 +63,7 @@ class Session:
         node: owner of the subscriptions and publishers.
         robot: has been checked against the settings.
         foreign_decoder: for image encodings that are not read natively.
+        limits_from: where the robot's limits come from, in words.
     Attributes:
         running: None until :meth:`open` has finished.
     """
@@ -73,9 +74,11 @@ class Session:
         settings: NodeSettings,
         robot: RobotSpec,
         foreign_decoder: ForeignDecoder | None,
+        limits_from: str,
     ) -> None:
         self.settings = settings
         self.robot = robot
+        self.limits_from = limits_from
         self.running: Running | None = None
         self.statistics = TickStatistics()
         self._node = node
@@ -184,12 +187,12 @@ class Session:
             self._hold('the node stops acting')
 
     def set_estop(self, latched: bool) -> None:
-        """Latch the emergency stop and make the robot hold, or release it."""
+        """Latch the emergency stop and make the robot hold, or release it; from any thread."""
         if self.running is None:
             return
         self.running.core.estopped = latched
         if latched:
-            self._feeds.poll()
+            self.running.core.interrupt()
             self._hold('emergency stop')
 
     def update(self, settings: NodeSettings) -> None:
@@ -211,6 +214,8 @@ class Session:
             decided_ns = time.perf_counter_ns()
             running.output.publish(result.chunk)
             done_ns = time.perf_counter_ns()
+            if running.core.estopped:  # since the core looked: the hold has to be the last
+                self._hold('emergency stop')
             if self._watchdog is not None:
                 self._watchdog.feed()
             times = TickTimes(
@@ -249,10 +254,9 @@ class Session:
             status.action_status(
                 core,
                 self.statistics,
-                output.topic,
+                status.OutputView(output.topic, output.listeners, self.limits_from),
                 is_active,
                 now_ns,
-                output.listeners,
                 clock_stopped,
             ),
             status.model_status(info.as_dict(), settings, inputs.prompt.text),
@@ -267,6 +271,8 @@ class Session:
         """Act for the watchdog, in its thread."""
         running, settings = self._running(), self.settings
         running.core.counters.watchdog_trips += 1
+        if not settings.dry_run:  # in a dry run nothing moves that an old action could disturb
+            running.core.interrupt()
         why = f'watchdog: no action in {settings.watchdog_timeout_s:g} s'
         if settings.watchdog_action == 'hold':
             self._hold(why)

@@ -19,7 +19,7 @@ from pi05_ros.model.errors import Pi05Error
 
 COMMANDS = (
     *('ab', 'bench', 'bench-inputs', 'checkpoint', 'demo', 'doctor', 'parity', 'play'),
-    *('recompute', 'replay', 'tune'),
+    *('recompute', 'replay', 'sensors', 'tune'),
 )
 
 EXIT_ERROR = 2

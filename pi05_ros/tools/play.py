@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     """Play until the end of the bag or until SIGINT or SIGTERM; return 0."""
     stop = threading.Event()
     console = make_console()
-    with open_bag(args.bag) as bag, _stopped_by_signals(stop):
+    with open_bag(args.bag) as bag, stopped_by_signals(stop):
         use_image_transports()
         import rclpy
         from rclpy.signals import SignalHandlerOptions
@@ -303,7 +303,7 @@ def _clock_publisher(node: Node) -> Callable[[int], None]:
     return publish
 
 
-class _stopped_by_signals:
+class stopped_by_signals:
     """Set ``stop`` on SIGINT and SIGTERM while active."""
 
     def __init__(self, stop: threading.Event) -> None:

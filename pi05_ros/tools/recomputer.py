@@ -23,6 +23,7 @@ from pi05_ros.policy.types import ActionChunk
 from pi05_ros.resources import share_dir
 
 from .bag import Bag, BagMessage
+from .recorded_limits import recorded_limits
 from .remapping import Remapping
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Recomputer:
         self.settings = settings
         self.chunk_topic = _chunk_topic(bag, topic)
         self.policy: Policy | None = None
-        robot = check_settings(settings)
+        robot = recorded_limits(check_settings(settings), settings, bag, remapping)
         self._inputs = Inputs(robot, settings, foreign_decoder)
         self._guard = ActionGuard(robot)
         self._names = {
@@ -173,18 +174,18 @@ class Recomputer:
             )
         except Pi05Error as refusal:
             return Outcome(recorded, None, str(refusal))
-        if (found.names, found.actions.shape) != (recorded.names, recorded.actions.shape):
+        actions = found.actions[: self.settings.execute_horizon or None]
+        if (found.names, actions.shape) != (recorded.names, recorded.actions.shape):
             then = f'{len(recorded.actions)} rows of {", ".join(recorded.names)}'
-            now = f'{len(found.actions)} rows of {", ".join(found.names)}'
+            now = f'{len(actions)} rows of {", ".join(found.names)}'
             return Outcome(recorded, None, f'recorded {then}; computed {now}')
-        return Outcome(recorded, replace(found, actions=self._guard.clip(found.actions)))
+        return Outcome(recorded, replace(found, actions=self._guard.clip(actions)))
 
     def _load(self, recorded: RecordedChunk) -> Policy:
         """Load what the first chunk says that it was made with."""
-        made_with: dict[str, Any] = {
-            'precision': recorded.precision,
-            'horizon': len(recorded.actions),
-        }
+        made_with: dict[str, Any] = {'precision': recorded.precision}
+        if not self.settings.execute_horizon:  # otherwise more rows were computed than recorded
+            made_with['horizon'] = len(recorded.actions)
         if recorded.backend in BACKENDS:
             made_with['backend'] = recorded.backend
         chosen = {name: v for name, v in made_with.items() if name not in self._overrides}

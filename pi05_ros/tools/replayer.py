@@ -43,6 +43,7 @@ from pi05_ros.policy.types import Observation
 
 from .action_log import ActionLog
 from .bag import Bag, BagMessage
+from .recorded_limits import recorded_limits
 from .remapping import Remapping
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class Replay:
         on_tick: Callable[[Replay], None] = lambda replay: None,
     ) -> None:
         self.settings = settings
+        self.remapping = remapping
         self.robot: RobotSpec = check_settings(settings)
         self.inputs = Inputs(self.robot, settings, foreign_decoder)
         self.topics: dict[str, InputTopic] = {
@@ -157,6 +159,8 @@ class Replay:
                 policy cannot be loaded or breaks. What was found until then stays.
         """
         topics = self._topics_in(bag)
+        self.robot = recorded_limits(self.robot, self.settings, bag, self.remapping)
+        self.inputs.robot = self.robot
         messages = self._timed(bag.messages(topics))
         try:
             due_ns = self._configure(bag, messages)

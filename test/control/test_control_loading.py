@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pi05_ros.control.loading import (
     WARM_UP_CALLS,
     WarmUpError,
     check_settings,
+    load,
     resolve_precision,
     warm_up,
 )
@@ -38,6 +40,14 @@ def test_checkpoint_must_be_named_and_exist(tmp_path):
     with pytest.raises(CheckpointError, match='does not exist'):
         check_settings(make_settings(checkpoint=str(tmp_path / 'none')))
     assert check_settings(make_settings(checkpoint=str(TINY))).name == 'franka'
+
+
+def test_more_rows_to_execute_than_a_chunk_has_are_refused(tiny_checkpoint):
+    sizes = dict.fromkeys(('base', 'wrist'), (24, 32))
+    settings = make_settings(checkpoint=str(tiny_checkpoint), horizon=5, execute_horizon=6)
+    with pytest.raises(ParameterError, match='execute_horizon is 6, but a chunk has 5 rows; exp'):
+        load(settings, sizes)
+    load(replace(settings, execute_horizon=5), sizes).close()
 
 
 def test_automatic_precision_is_float32_on_a_cpu():

@@ -8,14 +8,8 @@ import pytest
 import yaml
 
 from pi05_ros.control.parameter_file import read_parameter_file, settings_from_yaml
-from pi05_ros.control.parameters import (
-    PARAMETERS,
-    NodeSettings,
-    ParameterError,
-    coerce,
-    parameter_specs,
-    settings_from_values,
-)
+from pi05_ros.control.parameter_table import PARAMETERS, parameter_specs
+from pi05_ros.control.parameters import NodeSettings, ParameterError, coerce, settings_from_values
 from pi05_ros.policy.errors import RobotError
 from pi05_ros.resources import config_dir
 

@@ -389,6 +389,7 @@ def test_reason_names_are_stable():
         'action_not_finite',
         'action_jump',
         'action_too_fast',
+        'action_too_late',
         'estop',
         'overrun',
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,71 @@ def test_one_value_that_is_not_finite_refuses_the_whole_action(bad):
     assert str(found) == 'action_not_finite: not finite in the action: panda_joint4'
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    steps(small),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+    st.integers(0, 2),
+    st.integers(0, len(DIMS) - 1),
+    st.integers(0, 3),
+)
+def test_a_value_that_is_not_finite_anywhere_refuses_all_also_in_a_row_that_is_not_sent(
+    moves, bad, row, column, sent_rows
+):
+    actions = (STATE + moves).astype(np.float32)
+    actions[row, column] = bad
+    guard = ActionGuard(FRANKA, sent_rows)
+    found = checked(actions, guard)
+    assert isinstance(found, Skip)
+    assert found.reason is Reason.ACTION_NOT_FINITE
+    assert DIMS[column].name in found.detail
+    assert guard.clips == {}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(steps(st.floats(-0.125, 0.125, width=32)), min_size=1, max_size=5))
+def test_clip_counters_are_the_chunks_that_passed_clipped_by_joint(moves):
+    guard, expected = ActionGuard(FRANKA), Counter()
+    # At the edge of its range, so that a small move is clipped or not.
+    state = np.where(np.arange(len(DIMS)) % 2 == 0, HIGH, LOW)
+    for tick, move in enumerate(moves):
+        wanted = (state + move).astype(np.float32)
+        now_ns = START_NS + tick * PERIOD_NS
+        found = guard.check(replace(CHUNK, actions=wanted), state, now_ns, PERIOD_NS)
+        if isinstance(found, Skip):
+            continue
+        outside = ((wanted < LOW) | (wanted > HIGH)).any(axis=0)
+        expected.update(DIMS[column].name for column in np.flatnonzero(outside))
+        np.testing.assert_array_equal((found.actions != wanted), (wanted < LOW) | (wanted > HIGH))
+    assert guard.clips == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrays(np.float64, len(DIMS), elements=st.floats(-1.0, 1.0)))
+def test_a_chunk_is_a_jump_exactly_if_a_measured_joint_is_further_away_than_its_limit(offset):
+    row = np.clip(STATE, LOW, HIGH).astype(np.float32)
+    found = ActionGuard(FRANKA).check(
+        replace(CHUNK, actions=np.tile(row, (3, 1))), row - offset, START_NS, PERIOD_NS
+    )
+    distance = np.abs(row - (row - offset))
+    if (distance > JUMP * SLACK).any():
+        assert isinstance(found, Skip)
+        assert found.reason is Reason.ACTION_JUMP
+    elif (distance < JUMP / SLACK).all():
+        assert isinstance(found, ActionChunk)
+
+
+@pytest.mark.parametrize('rows', [0, 1, 2, 3, 9])
+def test_only_the_rows_that_are_sent_are_held_to_the_limits(rows):
+    actions = CHUNK.actions.copy()
+    actions[2, 1] += 0.15  # too fast
+    found = checked(actions, ActionGuard(FRANKA, rows))
+    if rows in (1, 2):
+        np.testing.assert_array_equal(found.actions, actions[:rows])
+    else:
+        assert found.reason is Reason.ACTION_TOO_FAST
+
+
 def test_clips_are_counted_by_joint_and_leave_the_rest_alone():
     guard = ActionGuard(FRANKA)
     actions = CHUNK.actions.copy()
@@ -162,6 +228,32 @@ def test_a_refused_action_is_a_counted_skip_of_the_tick():
     rig.assert_consistent()
 
 
+def test_an_action_is_dropped_if_the_robot_was_made_to_hold_while_it_was_computed():
+    """What was seen before the hold must not move it again, not even if a reset came, too."""
+    rig = Rig()
+    rig.policy.on_act = rig.core.interrupt
+    result = rig.fresh_tick()
+    assert str(result.skip) == (
+        'action_too_late: the watchdog or the emergency stop acted while it was computed'
+    )
+    assert result.error is None
+    rig.policy.on_act = lambda: None
+    assert rig.fresh_tick().chunk is not None
+    rig.assert_consistent()
+
+
+def test_estop_that_comes_while_an_action_is_computed_drops_it():
+    rig = Rig()
+
+    def stop() -> None:
+        rig.core.estopped = True
+        rig.core.interrupt()
+
+    rig.policy.on_act = stop
+    assert rig.fresh_tick().skip.reason is Reason.ESTOP
+    rig.assert_consistent()
+
+
 def test_estop_is_latched_over_starts_and_calls_no_model():
     rig = Rig()
     assert rig.fresh_tick().chunk is not None
@@ -179,7 +271,10 @@ def test_estop_is_latched_over_starts_and_calls_no_model():
 
 
 def test_limits_do_not_hinder_robots_that_give_none():
-    robot = load_robot('libero')
+    libero = load_robot('libero')
+    free = {'min': None, 'max': None}
+    dims = tuple(dim.model_copy(update=free) for dim in libero.actions)
+    robot = libero.model_copy(update={'actions': dims})
     chunk = replace(CHUNK, actions=np.full((2, 7), 1e3, np.float32), names=robot.action_names)
     found = ActionGuard(robot).check(chunk, np.zeros(robot.state_dim), START_NS, PERIOD_NS)
     assert isinstance(found, ActionChunk)
@@ -190,6 +285,25 @@ def test_hold_keeps_joints_where_measured_and_the_gripper_as_commanded():
     measured = {dim.joint: 0.1 * i for i, dim in enumerate(DIMS) if dim.joint}
     row = hold_row(DIMS, np.full(8, 0.04), measured)
     assert row == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.04])
+
+
+@given(
+    arrays(np.float64, len(DIMS), elements=st.floats(-3.0, 3.0)),
+    st.dictionaries(
+        st.sampled_from([dim.joint for dim in DIMS]), st.floats(-3.0, 3.0), min_size=5
+    ),
+)
+def test_hold_is_the_measured_position_of_every_joint_or_refused_never_a_made_up_one(
+    last, measured
+):
+    arm = [dim.joint for dim in DIMS if dim.kind == 'joint_position']
+    if not set(arm) <= set(measured):
+        with pytest.raises(HoldError, match='no measured position'):
+            hold_row(DIMS, last, measured)
+        return
+    row = hold_row(DIMS, last, measured)
+    assert row[:7].tolist() == [measured[joint] for joint in arm]
+    assert row[7] == last[7]
 
 
 def test_hold_of_a_joint_that_was_not_measured_is_refused_not_guessed():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 
 import pytest
 from rig import MS, START_NS, TIMES, Rig
 
 from pi05_ros.control import status
 from pi05_ros.control.statistics import TickStatistics
-from pi05_ros.control.status import ERROR, OK, WARN, LifecycleView, Status
+from pi05_ros.control.status import ERROR, OK, WARN, LifecycleView, OutputView, Status
 
 BACKENDS = {'vision': 'tensorrt', 'prefill': 'cuda', 'denoise': 'cuda'}
+OUTPUT = OutputView('/commands', listeners=1, limits_from='urdf')
 LOST = {'base': 0, 'wrist': 3, 'joint_states': None}
 
 
@@ -211,7 +213,7 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level, begin):
 def test_action_text():
     rig, statistics = acting_rig()
     assert_text(
-        status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1),
+        status.action_status(rig.core, statistics, OUTPUT, True, rig.now_ns),
         """
         [OK] Action: dry run on /commands
           Target frequency (Hz): 20.0
@@ -227,6 +229,7 @@ def test_action_text():
           reused images: 0
           clock jumps: 0
           clipped by joint: panda_finger_joint1=3, panda_joint4=3
+          limits from: urdf
           watchdog trips: 0
           emergency stop: off
           topic: /commands
@@ -239,7 +242,7 @@ def test_action_says_what_keeps_ticks_from_acting():
     rig, statistics = acting_rig()
     rig.now_ns += 200 * MS
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
+    found = status.action_status(rig.core, statistics, OUTPUT, True, rig.now_ns)
     assert found.level == WARN
     assert found.message == (
         '3 of the last 7 ticks acted; stale_input: base image 210 ms old > 100 ms'
@@ -252,7 +255,7 @@ def test_action_is_an_error_when_no_tick_acts():
     rig.core.start()
     rig.inputs.clear()
     rig.tick()
-    found = status.action_status(rig.core, statistics, '/commands', True, rig.now_ns, 1)
+    found = status.action_status(rig.core, statistics, OUTPUT, True, rig.now_ns)
     assert found.level == ERROR
     assert found.message.startswith('0 of the last 1 ticks acted; missing_input: no base image')
 
@@ -264,7 +267,7 @@ def test_action_is_an_error_when_no_tick_acts():
 def test_action_does_not_speak_of_past_ticks_when_the_clock_stands_still(is_active, expected):
     rig, statistics = acting_rig()
     found = status.action_status(
-        rig.core, statistics, '/commands', is_active, rig.now_ns, 1, clock_stopped=True
+        rig.core, statistics, OUTPUT, is_active, rig.now_ns, clock_stopped=True
     )
     assert (found.level, found.message) == expected
 
@@ -281,7 +284,7 @@ def test_commands_that_nobody_hears_are_a_warning(dry_run, listeners, level, mes
     rig = Rig(dry_run=dry_run)
     rig.fresh_tick()
     found = status.action_status(
-        rig.core, TickStatistics(), '/commands', True, rig.now_ns, listeners
+        rig.core, TickStatistics(), replace(OUTPUT, listeners=listeners), True, rig.now_ns
     )
     assert (found.level, found.message) == (level, message)
 
@@ -289,7 +292,7 @@ def test_commands_that_nobody_hears_are_a_warning(dry_run, listeners, level, mes
 def test_action_is_quiet_while_not_active():
     rig, statistics = acting_rig()
     rig.core.start()
-    found = status.action_status(rig.core, statistics, '/commands', False, rig.now_ns, 1)
+    found = status.action_status(rig.core, statistics, OUTPUT, False, rig.now_ns)
     assert (found.level, found.message) == (OK, 'not active')
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
 from pi05_ros.control.parameter_file import NODE_NAME
-from pi05_ros.control.parameters import PARAMETERS, is_ros_own
+from pi05_ros.control.parameter_table import PARAMETERS
+from pi05_ros.control.parameters import is_ros_own
 from pi05_ros.launch_arguments import (
     ARGUMENTS,
     DEMO_ARGUMENTS,
@@ -60,6 +62,33 @@ def test_what_is_started_is_installed():
 def test_the_node_has_its_documented_name():
     (node,) = calls(tree('policy.launch.py'), 'LifecycleNode')
     assert ast.literal_eval(keywords(node)['name']) == NODE_NAME
+
+
+def test_the_aggregator_is_started_when_asked_for_only_with_the_shipped_analyzers():
+    module = tree('policy.launch.py')
+    (node,) = calls(module, 'Node')
+    values = keywords(node)
+    assert ast.literal_eval(values['package']) == 'diagnostic_aggregator'
+    assert ast.literal_eval(values['executable']) == 'aggregator_node'
+    # The analyzers are those of the node /analyzers, which is the aggregator's own name.
+    assert 'name' not in values and ast.literal_eval(values['namespace']) == '/'
+    (file,) = (n.value for n in ast.walk(values['parameters']) if isinstance(n, ast.Constant))
+    assert (ROOT / 'config' / file).is_file()
+    (use,) = calls(module, '_aggregator')
+    (choice,) = (n for n in ast.walk(module) if isinstance(n, ast.IfExp) and use in ast.walk(n))
+    assert ast.unparse(choice.test) == "values['diagnostics_aggregator'] == 'true'"
+    assert use in ast.walk(choice.body)
+    assert DEFAULTS['diagnostics_aggregator'] == 'false'
+
+
+def test_every_package_whose_program_is_started_is_a_dependency():
+    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    declared = {element.text for element in manifest.findall('exec_depend')}
+    for path in LAUNCH_FILES:
+        for function in ('Node', 'LifecycleNode', 'ExecutableInPackage'):
+            for call in calls(tree(path.name), function):
+                package = ast.literal_eval(keywords(call)['package'])
+                assert package in declared | {manifest.findtext('name')}
 
 
 def test_every_overridden_parameter_exists():

@@ -164,6 +164,20 @@ def test_a_failed_configure_leaves_the_node_there_and_says_why(start, tmp_path):
     assert launch.interrupt() == 0
 
 
+@pytest.mark.skipif(
+    'diagnostic_aggregator' not in ros2('pkg', 'list').split(),
+    reason='diagnostic_aggregator is not installed',
+)
+def test_the_aggregator_groups_the_diagnostics_of_the_node(start):
+    launch = start(
+        ROS2, 'launch', 'pi05_ros', 'policy.launch.py', 'autostart:=false',
+        'diagnostics_aggregator:=true', 'namespace:=left',
+    )  # fmt: skip
+    echo = ('topic', 'echo', '--no-daemon', '--once', '/diagnostics_agg')
+    wait_for(lambda: '/Robot/π0.5 policy/Lifecycle' in ros2(*echo), launch)
+    assert launch.interrupt() == 0
+
+
 def test_the_demo_acts_on_the_recording(start):
     launch = start(ROS2, 'launch', 'pi05_ros', 'demo.launch.py')
     wait_for(lambda: state() == 'active', launch)

@@ -202,3 +202,8 @@ def fake_policy(
         ),
         pipeline=FakePipeline(shape, actions),
     )
+
+
+def urdf(joints: str) -> str:
+    """Return a robot description with these ``<joint>`` elements."""
+    return f'<robot name="r"><link name="base"/>{joints}</robot>'

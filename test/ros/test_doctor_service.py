@@ -53,6 +53,13 @@ def test_qos_that_does_not_match_is_named_with_the_remedy():
         )
 
 
+def test_robot_description_that_nobody_sends_is_named_where_it_is_needed():
+    with bench(parameters={'limits_source': 'both'}) as b:
+        b.until(lambda: discovered(b, 3))
+        answer = ask(b)
+        assert answer.message.startswith('nobody publishes on /robot_description (ROS_DOMAIN_ID')
+
+
 def test_parameter_that_is_wrong_is_named():
     with bench(parameters={'rate': 5.0}) as b:
         assert ask(b).message == 'parameters: unknown parameter rate; did you mean rate_hz?'

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from rclpy.serialization import deserialize_message
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
@@ -23,8 +24,10 @@ from pi05_ros.ros.outputs import (
     OutputError,
     Provenance,
     check_carries,
+    check_rows,
     chunk_message,
     command_message,
+    joint_state_message,
 )
 from pi05_ros.ros.trajectory import TrajectoryEncoder, duration_message, time_message
 
@@ -86,6 +89,30 @@ def test_command_is_the_first_row():
     assert list(command_message(CHUNK).data) == [0.0, 0.25]
 
 
+@pytest.mark.parametrize(
+    ('kind', 'unit', 'positions', 'velocities'),
+    [('joint_position', 'rad', [0.5, 0.75], []), ('joint_velocity', 'rad/s', [], [0.5, 0.75])],
+)
+def test_joint_state_carries_one_row_by_name_in_the_field_of_its_kind(
+    kind, unit, positions, velocities
+):
+    dims = tuple(ActionDim(name=n, kind=kind, joint=f'joint_{n}', unit=unit) for n in 'ab')
+    message = joint_state_message(CHUNK.actions[1], dims, STAMP_NS)
+    assert message.header.stamp == time_message(STAMP_NS)
+    assert list(message.name) == ['joint_a', 'joint_b']
+    assert (list(message.position), list(message.velocity)) == (positions, velocities)
+    assert list(message.effort) == []
+
+
+@pytest.mark.parametrize('interface', ['forward_command', 'joint_state'])
+def test_more_rows_than_the_interface_carries_are_refused(interface):
+    check_rows(interface, 0)
+    check_rows(interface, 1)
+    check_rows('joint_trajectory', 8)
+    with pytest.raises(OutputError, match=f'{interface} carries the first row .* is 2; set it'):
+        check_rows(interface, 2)
+
+
 def test_chunk_carries_what_is_needed_to_recompute_it():
     message = chunk_message(CHUNK, ORIGIN, dry_run=True)
     assert message.dry_run
@@ -103,7 +130,7 @@ def test_chunk_carries_what_is_needed_to_recompute_it():
     assert message.checkpoint_sha256 == 'ab' * 32
 
 
-@pytest.mark.parametrize('interface', ['joint_trajectory', 'forward_command'])
+@pytest.mark.parametrize('interface', ['joint_trajectory', 'forward_command', 'joint_state'])
 def test_joint_positions_can_be_carried(interface):
     check_carries(interface, load_robot('franka'))
 
@@ -126,6 +153,8 @@ def test_chunks_carry_every_robot(robot):
         ('libero', 'forward_command', r'eef_delta_x \(eef_delta_position'),
         ('droid', 'joint_trajectory', r'panda_joint1 \(joint_velocity \[1\]\)'),
         ('droid', 'forward_command', r'\[1\]'),
+        ('libero', 'joint_state', r'positions \(or velocities\) .* eef_delta_x'),
+        ('aloha', 'joint_state', r'has left_gripper \(gripper_position \[1\]\), right_gripper'),
     ],
 )
 def test_actions_that_a_message_would_misstate_are_refused(robot, interface, match):
@@ -133,13 +162,14 @@ def test_actions_that_a_message_would_misstate_are_refused(robot, interface, mat
         check_carries(interface, load_robot(robot))
 
 
-def test_velocities_go_as_commands_but_not_mixed_with_positions():
+@pytest.mark.parametrize('interface', ['forward_command', 'joint_state'])
+def test_velocities_go_as_commands_but_not_mixed_with_positions(interface):
     franka = load_robot('franka')
     speed = ActionDim(name='v', kind='joint_velocity', joint='j', unit='rad/s')
-    check_carries('forward_command', franka.model_copy(update={'actions': (speed,)}))
+    check_carries(interface, franka.model_copy(update={'actions': (speed,)}))
     mixed = franka.model_copy(update={'actions': (speed, *franka.actions)})
     with pytest.raises(OutputError, match=r'has v \(joint_velocity \[rad/s\]\)'):
-        check_carries('forward_command', mixed)
+        check_carries(interface, mixed)
 
 
 @pytest.mark.usefixtures('ros')
@@ -148,6 +178,7 @@ def test_velocities_go_as_commands_but_not_mixed_with_positions():
     [
         ('joint_trajectory', JointTrajectory, 'joint_trajectory'),
         ('forward_command', Float64MultiArray, 'commands'),
+        ('joint_state', JointState, 'joint_commands'),
         ('action_chunk', ActionChunkMessage, 'pi05_policy/action_chunk'),
     ],
 )
@@ -169,6 +200,27 @@ def test_actions_go_to_the_chosen_topic_and_timing_beside_them(interface, kind, 
         assert last.sensor_to_action_ms == pytest.approx(sum(parts_ms))
         assert 0.0 < last.inputs_ms + last.publish_ms < last.tick_ms
         b.until(lambda: b.observer.message('Action') == f'acting on /{topic}')
+
+
+@pytest.mark.usefixtures('ros')
+@pytest.mark.parametrize(('asked', 'rows'), [(0, 4), (1, 1), (3, 3)])
+def test_only_the_rows_to_execute_are_sent(asked, rows):
+    parameters = {
+        'action_interface': 'joint_trajectory', 'dry_run': False, 'execute_horizon': asked,
+    }  # fmt: skip
+    with bench(parameters=parameters) as b:
+        sent: list[JointTrajectory] = []
+        b.observer.node.create_subscription(JointTrajectory, 'joint_trajectory', sent.append, 10)
+        b.start()
+        b.until(lambda: sent)
+        assert len(sent[-1].points) == rows
+
+
+@pytest.mark.usefixtures('ros')
+def test_rows_that_the_interface_does_not_carry_refuse_to_configure():
+    with bench(parameters={'action_interface': 'joint_state', 'execute_horizon': 2}) as b:
+        assert not b.configure()
+        assert 'carries the first row of a chunk, but execute_horizon is 2' in b.node.last_error
 
 
 @pytest.mark.usefixtures('ros')

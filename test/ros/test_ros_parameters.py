@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import rclpy
-from helpers import bench
+import yaml
+from helpers import Bench, bench
 from rclpy.node import Node
-from rclpy.parameter import Parameter
+from rclpy.parameter import Parameter, parameter_value_to_python
+from rclpy.parameter_client import AsyncParameterClient
 
-from pi05_ros.control.parameters import NodeSettings, ParameterError, parameter_specs
+from pi05_ros.control.parameter_file import settings_from_yaml
+from pi05_ros.control.parameter_table import parameter_specs
+from pi05_ros.control.parameters import NodeSettings, ParameterError
+from pi05_ros.policy_node import PolicyNode
 from pi05_ros.ros.parameters import NodeParameters
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
@@ -148,19 +153,44 @@ def test_setting_a_wrong_override_right_makes_the_node_usable():
     assert holder.parameters.settings().num_steps == 3
 
 
-def test_dumped_parameters_are_accepted_again(tmp_path):
-    """What ``ros2 param dump`` writes holds rclpy's own parameters, too."""
-    first = Holder('-p', 'prompt:=stack', '-p', 'rate_hz:=12')
-    lines = ['holder:', '  ros__parameters:']
-    for name, parameter in first.node.get_parameters_by_prefix('').items():
-        value = parameter.value
-        shown = str(value).lower() if isinstance(value, bool) else repr(value)
-        lines.append(f'    {name}: {shown}')
+def dump(b: Bench) -> str:
+    """Return what ``ros2 param dump`` writes: asked of the services, nested, as YAML."""
+    client = AsyncParameterClient(b.observer.node, 'pi05_policy')
+    b.until(client.services_are_ready)
+    listed = client.list_parameters()
+    b.until(listed.done)
+    names = listed.result().result.names
+    got = client.get_parameters(names)
+    b.until(got.done)
+    tree: dict = {}
+    for name, value in zip(names, got.result().values, strict=True):
+        *groups, last = name.split('.')
+        branch = tree
+        for group in groups:
+            branch = branch.setdefault(group, {})
+        branch[last] = parameter_value_to_python(value)
+    return yaml.dump({'/pi05_policy': {'ros__parameters': tree}}, default_flow_style=False)
+
+
+@pytest.mark.parametrize('prompt', ['put the bowl: on #1, "now"', '2024', 'true', '', "ça\n'"])
+def test_what_param_dump_writes_of_the_node_loads_again_unchanged(prompt, tmp_path):
+    """rclpy's own parameters are in it, too; a task must not become a number."""
+    given = {
+        'prompt': prompt, 'rate_hz': 12.0, 'execute_horizon': 3, 'limits_source': 'both',
+        'cameras.wrist.transport': 'compressed', 'dry_run': False,
+    }  # fmt: skip
     path = tmp_path / 'dump.yaml'
-    path.write_text('\n'.join(lines))
-    first.node.destroy_node()
-    second = Holder('--params-file', str(path))
-    assert second.parameters.settings() == first.parameters.settings()
+    with bench(parameters=given) as b:
+        b.node.set_parameters([Parameter('max_skew_ms', value=12.5)])  # changed while it runs
+        before = b.node._node_parameters.settings()
+        path.write_text(dump(b), encoding='utf-8')
+    assert before.max_skew_ms == 12.5
+    node = PolicyNode(cli_args=['--ros-args', '--params-file', str(path)])
+    try:
+        assert node._node_parameters.settings() == before
+    finally:
+        node.close()
+    assert settings_from_yaml(path) == before
 
 
 def test_node_with_an_unknown_parameter_lives_but_refuses_to_configure():

@@ -71,6 +71,23 @@ def test_recorded_actions_follow_from_the_recorded_inputs(
     assert '6 identical bit for bit, 0 different, 0 not recomputed' in capsys.readouterr().out
 
 
+def test_chunks_of_which_only_some_rows_were_sent_follow_from_the_whole(
+    answered, tiny_checkpoint, tmp_path, capsys
+):
+    made_with = {
+        'checkpoint_sha256': answered.policy_info['checkpoint_sha256'],
+        'backend': 'eager', 'precision': 'float32',
+    }  # fmt: skip
+    sent = [
+        chunk_row(TOPIC, r.now_ns, replace(r.chunk, actions=r.chunk.actions[:3]), **made_with)
+        for r in answered.results
+    ]
+    bag = record(tmp_path / 'bag', [*shipped_rows(), *sent])
+    given = ('--checkpoint', tiny_checkpoint, '-p', 'execute_horizon:=3')
+    assert recompute(bag, *given) == 0
+    assert '6 identical bit for bit, 0 different, 0 not recomputed' in capsys.readouterr().out
+
+
 def test_inputs_that_the_recorder_got_after_the_chunk_are_found(chunks, tiny_checkpoint, tmp_path):
     late = [(*row[:2], row[2] + 100_000_000, row[3]) for row in shipped_rows()]
     bag = record(tmp_path / 'bag', [*late, *chunks])

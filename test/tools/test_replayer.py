@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bag_files import START_NS, write_bag
-from replay_bags import shipped_rows
+from bag_files import START_NS, Row, write_bag
+from replay_bags import STRING, TYPESTORE, serialize, shipped_rows, write_with_chunks
 
 from pi05_ros.engine.pipeline import StageTimes
+from pi05_ros.model.errors import Pi05Error
+from pi05_ros.policy.robot import load_robot
 from pi05_ros.policy.types import ActionChunk, Observation
 from pi05_ros.tools.bag import open_bag
 from pi05_ros.tools.remapping import Remapping
@@ -174,3 +176,31 @@ def test_settings_come_from_the_section_of_the_remapped_node(tmp_path):
     assert Setup(path, {}, Remapping(rules)).settings().seed == 5
     assert Setup(path, {'seed': 6}, Remapping(rules)).settings().seed == 6
     assert Setup(path).settings().seed == 0
+
+
+def urdf_row(finger_upper: float) -> Row:
+    """Return a recorded robot description whose arm has wide limits."""
+    joints = ''.join(
+        f'<joint name="{dim.joint}" type="revolute"><limit lower="-9" upper="9" velocity="9"/>'
+        '</joint>'
+        for dim in load_robot('franka').actions[:7]
+    )
+    finger = '<joint name="panda_finger_joint1" type="prismatic">'
+    limit = f'<limit upper="{finger_upper}"/></joint>'
+    text = TYPESTORE.types[STRING](data=f'<robot name="r">{joints}{finger}{limit}</robot>')
+    return '/robot_description', STRING, 0, serialize(text, STRING)
+
+
+def test_limits_are_those_of_the_recorded_description_as_in_the_live_node(make, tmp_path):
+    path = write_with_chunks(tmp_path / 'bag', [urdf_row(0.01), *shipped_rows()])
+    limited, wide = replay(make(limits_source='both'), path), replay(make(), path)
+    assert limited.robot.actions[7].max == 0.01
+    assert limited.core.guard.clips == {'h': limited.core.counters.actions}
+    assert limited.core.counters.actions > 0
+    assert wide.core.guard.clips == {}
+    assert wide.robot.actions[:7] == limited.robot.actions[:7]
+
+
+def test_description_that_was_not_recorded_is_an_error_with_the_way_out(make, short_bag):
+    with pytest.raises(Pi05Error, match='has no /robot_description; record it, or set limits_so'):
+        replay(make(limits_source='urdf'), short_bag)
