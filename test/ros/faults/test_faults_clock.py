@@ -20,17 +20,15 @@ def node(bay, world) -> FaultBench:
 
 
 def test_clock_that_stands_still_stops_the_ticks_and_is_said(node, world, table):
-    before = node.seen()
     world.change('clock', running=False)
     said = node.until_said('Lifecycle', 'the ROS clock stands still: nothing ticks')
     node.until(node.is_holding)
     ticks = node.seen().counts['ticks']
     assert node.seen().counts['ticks'] == ticks
-    deed = node.deed(before).replace('went on acting', 'did not tick')
     world.change('clock', running=True)
     node.until_acting()
     node.until_said('Lifecycle', '^active$')
-    table.add('/clock stops', f'no tick; {deed}', said, 'yes, with the clock')
+    table.add('/clock stops', 'no tick; held', said, 'yes, with the clock')
 
 
 @pytest.mark.parametrize('seconds', [-30, -7200])
