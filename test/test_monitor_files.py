@@ -94,6 +94,17 @@ def test_bag_play_offers_the_task_as_the_node_asks_for_it():
     (overrides,) = yaml.safe_load((CONFIG / 'bag_play_qos.yaml').read_text('utf-8')).items()
     topic, profile = overrides
     assert topic == f'/{TASK_PROMPT}'
+    nothing = {'sec': 0, 'nsec': 0}
+    assert {key: profile[key] for key in profile if profile[key] == nothing} == {
+        'deadline': nothing,
+        'lifespan': nothing,
+        'liveliness_lease_duration': nothing,
+    }
+    # rosbag2's player component refuses a profile without any of its keys.
+    assert (profile['liveliness'], profile['avoid_ros_namespace_conventions']) == (
+        'automatic',
+        False,
+    )
     offered = QoSProfile(
         depth=profile['depth'],
         history=HistoryPolicy.get_from_short_key(profile['history']),
