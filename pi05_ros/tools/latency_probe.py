@@ -127,7 +127,7 @@ class LatencyProbe:
             arrivals=len(self._arrivals),
             matched=len(columns['sensor to action']),
             spreads=spreads(columns),
-            inputs_seen=self._input_figures(),
+            diagnostics={part: found.values for part, found in monitor.parts.items()},
         )
 
     def close(self) -> None:
@@ -145,11 +145,6 @@ class LatencyProbe:
         (result,) = future.result().results
         if not result.successful:
             raise MonitorError(f'rate_hz {rate_hz:g}: {result.reason}')
-
-    def _input_figures(self) -> dict[str, str]:
-        """Return how often each input came, and how many were lost, by the node's own account."""
-        values = self.monitor.parts['Inputs'].values
-        return {key: value for key, value in values.items() if key.endswith((' (Hz)', ' lost'))}
 
     def _take_action(self, raw: bytes, info: Mapping[str, Any]) -> None:
         stamp_ns = parse_header(raw).stamp_ns

@@ -41,7 +41,7 @@ class Window:
         ticks, actions, skips: by the node's own count; reason -> ticks.
         timings, arrivals: how many ``StageTiming`` and actions came here.
         matched: actions whose parts are known; ``spreads`` is over them.
-        inputs_seen: rates and losses of the inputs, as on ``/diagnostics``.
+        diagnostics: part -> what the node said on ``/diagnostics`` at the end.
     """
 
     inputs: str
@@ -54,7 +54,7 @@ class Window:
     arrivals: int
     matched: int
     spreads: Mapping[str, Spread]
-    inputs_seen: Mapping[str, str]
+    diagnostics: Mapping[str, Mapping[str, str]]
 
     @property
     def skip_share(self) -> float:

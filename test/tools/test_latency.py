@@ -31,7 +31,7 @@ def window(**changed) -> Window:
     made = Window(
         inputs='640x480 raw', rate_hz=5.0, seconds=20.0, ticks=100, actions=99,
         skips={'overrun': 1}, timings=99, arrivals=99, matched=99, spreads=spreads(columns),
-        inputs_seen={'base lost': '0'},
+        diagnostics={'Inputs': {'base lost': '0'}},
     )  # fmt: skip
     return replace(made, **changed)
 
