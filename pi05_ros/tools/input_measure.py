@@ -49,7 +49,9 @@ WAYS = ('direct', 'rclpy')
 PARTS = ('take', 'gates, observation', 'into the staging buffer', 'inputs together',
          'guard, encode, publish', 'whole tick')  # fmt: skip
 PERCENTS = (50, 95, 99, 100)
-_BLOCK_S = 5.0
+# Each way runs this often: changes of the machine's load hit both. Not oftener, as every change of
+# the way takes new buffers, which fragments the heap and would look like a leak.
+_ROUNDS = 4
 _WARM_UP_TICKS = 30
 _START_TIMEOUT_S = 20.0
 _HORIZON, _PROMPT_TOKENS = 50, 200
@@ -236,10 +238,9 @@ def _measure(
     report = InputsReport(_describe(args), ticker.times_ms, subject.received)
     report.rss_mib.append(_rss_mib())
     lost = {name: subject.feeds.by_name[name].lost for name in subject.received}
-    blocks = max(1, round(args.duration_s / (2 * _BLOCK_S)))
-    for _ in range(blocks):
+    for _ in range(_ROUNDS):
         for way in WAYS:
-            ticker.run(way, args.duration_s / (2 * blocks))
+            ticker.run(way, args.duration_s / (_ROUNDS * len(WAYS)))
             group.running[0].check()
         report.rss_mib.append(_rss_mib())
     for name, count in subject.received.items():
