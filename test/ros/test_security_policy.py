@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -15,14 +16,16 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from pi05_ros.control.parameter_file import NODE_NAME
+from pi05_ros.control.parameter_table import PARAMETERS
 from pi05_ros.control.parameters import settings_from_values
-from pi05_ros.control.topics import input_topics
+from pi05_ros.control.topics import description_topic, input_topics
 from pi05_ros.policy.robot import load_robot, robot_names
 from pi05_ros.policy_node import PolicyNode
+from pi05_ros.ros.take_check import TRIAL_TOPIC
 
 POLICY = Path(__file__).parents[2] / 'config' / 'sros2' / 'policy.xml'
 KINDS = ('publish', 'subscribe', 'reply', 'request')
-INTERFACES = ('action_chunk', 'joint_trajectory', 'forward_command')
+INTERFACES = next(spec.choices for spec in PARAMETERS if spec.name == 'action_interface')
 # What every rclpy node publishes.
 OF_EVERY_NODE = {'/parameter_events', '/rosout'}
 
@@ -53,10 +56,12 @@ def graph(node: Node) -> Rules:
         return {name for name, _ in found}
 
     this = NODE_NAME, '/'
+    estop = f'_{NODE_NAME}_estop', '/'
     return {
         'publish': names(node.get_publisher_names_and_types_by_node(*this)),
         'subscribe': names(node.get_subscriber_names_and_types_by_node(*this)),
-        'reply': names(node.get_service_names_and_types_by_node(*this)),
+        'reply': names(node.get_service_names_and_types_by_node(*this))
+        | names(node.get_service_names_and_types_by_node(*estop)),
         'request': names(node.get_client_names_and_types_by_node(*this)),
     }
 
@@ -84,11 +89,16 @@ def used() -> Rules:
         with bench(policy, parameters) as running:
             assert running.configure(), running.node.last_error
             total = {kind: total[kind] | names for kind, names in graph(running.node).items()}
+        del running
+        gc.collect()  # the node stays in the graph until then, and the next has its name
     simulated = PolicyNode(parameter_overrides=[Parameter('use_sim_time', value=True)])
     total = {kind: total[kind] | names for kind, names in graph(simulated).items()}
     simulated.close()
     rclpy.try_shutdown()
-    total['subscribe'] |= all_inputs()
+    # Only for a moment while it configures: the trial of the direct take, and the description.
+    trial = TRIAL_TOPIC.replace('~', f'/{NODE_NAME}') + '0'
+    total['publish'].add(trial)
+    total['subscribe'] |= {trial, f'/{description_topic().topic}', *all_inputs()}
     return total
 
 
@@ -122,6 +132,6 @@ def test_no_comment_stands_where_sros2_expects_an_enclave():
 
 
 def test_only_the_node_may_command_the_robot():
-    commands = {'/joint_trajectory', '/commands'}
+    commands = {'/joint_trajectory', '/commands', '/joint_commands'}
     assert commands <= rules('/pi05_policy')['publish']
     assert not commands & rules('/pi05_operator')['publish']
