@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from pi05_ros.control.images import NATIVE_ENCODINGS
-from pi05_ros.policy.robot import RobotSpec, load_robot
+from pi05_ros.policy.robot import load_robot
 
 from .playback import with_stamp
+from .sensors import rest_positions
 from .terminal import positive
 
 NODE_NAME = 'pi05_bench_sensors'
@@ -179,18 +180,6 @@ def image_message(picture: np.ndarray, encoding: str) -> Any:
     message.data = array.array('B', pixels.tobytes())
     message.header.stamp.sec = 1
     return message
-
-
-def rest_positions(robot: RobotSpec) -> tuple[list[str], list[float]]:
-    """Return the joints of the state, each in the middle of its limits, or at zero without any."""
-    middles = {
-        dim.joint: (dim.min + dim.max) / 2
-        for dim in robot.actions
-        if dim.min is not None and dim.max is not None
-    }
-    joints = [dim.joint for dim in robot.state if dim.joint is not None]
-    positions = {joint: middles.get(joint, 0.0) for joint in joints}
-    return list(positions), list(positions.values())
 
 
 if __name__ == '__main__':

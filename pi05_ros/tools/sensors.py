@@ -148,24 +148,14 @@ class SyntheticSensors:
             message = publisher.msg_type()
             message.header.stamp.sec, message.header.stamp.nanosec = divmod(now_ns, 10**9)
             if name == JOINT_STATES:
-                self._fill_joints(message)
+                message.name, message.position = rest_positions(self._robot)
+                message.velocity = message.effort = [0.0] * len(message.name)
             elif name == EEF_POSE:
                 message.pose.position.x = message.pose.position.z = 0.4
                 message.pose.orientation.w = 1.0
             else:
                 self._fill_image(message)
             publisher.publish(message)
-
-    def _fill_joints(self, message: Any) -> None:
-        positions = [dim for dim in self._robot.actions if dim.kind in POSITION_KINDS]
-        limits = {dim.joint: (dim.min, dim.max) for dim in positions}
-        message.name = list(self._robot.state_joints)
-        for joint in message.name:
-            low, high = limits.get(joint, (None, None))
-            middle = 0.0 if low is None or high is None else (low + high) / 2.0
-            message.position.append(middle)
-            message.velocity.append(0.0)
-            message.effort.append(0.0)
 
     def _fill_image(self, message: Any) -> None:
         height, width = self._size_px
@@ -174,6 +164,17 @@ class SyntheticSensors:
         message.height, message.width, message.step = height, width, 3 * width
         message.encoding = 'rgb8'
         message.data = array.array('B', np.repeat(pattern[..., None], 3, axis=2).tobytes())
+
+
+def rest_positions(robot: RobotSpec) -> tuple[list[str], list[float]]:
+    """Return the joints of the state, each in the middle of its limits, or at zero without any."""
+    middles = {
+        dim.joint: (dim.min + dim.max) / 2
+        for dim in robot.actions
+        if dim.kind in POSITION_KINDS and dim.min is not None and dim.max is not None
+    }
+    joints = list(robot.state_joints)
+    return joints, [middles.get(joint, 0.0) for joint in joints]
 
 
 def _topics(robot: RobotSpec) -> tuple:

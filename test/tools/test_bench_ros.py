@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pi05_ros.policy.robot import load_robot
-from pi05_ros.tools.bench_sensors import draw_pictures, rest_positions
+from pi05_ros.tools.bench_sensors import draw_pictures
 from pi05_ros.tools.cli import main
 from pi05_ros.tools.latency import PARTS
+from pi05_ros.tools.sensors import rest_positions
 
 DEADLINE_S = 100
 
