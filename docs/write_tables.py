@@ -49,7 +49,8 @@ LEVELS = {
 }
 REASONS = {
     Reason.MISSING_INPUT: 'no message of an input yet, or no task',
-    Reason.STALE_INPUT: 'older than `max_image_age_ms` or `max_joint_age_ms`',
+    Reason.STALE_INPUT: 'older than `max_image_age_ms` (or the `max_age_ms` of its camera) or '
+    '`max_joint_age_ms`',
     Reason.FUTURE_STAMP: 'stamped later than now by more than `max_future_ms`: clocks differ',
     Reason.SKEWED_INPUTS: 'cameras further apart than `max_skew_ms`',
     Reason.MALFORMED_MESSAGE: 'the bytes are not a whole message of that type',

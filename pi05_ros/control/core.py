@@ -220,8 +220,7 @@ class ControlCore:
     def _stale(self, now_ns: int) -> Skip | None:
         settings, source = self.settings, self.settings.stamp_source
         for slot in self.inputs.sensors.values():
-            is_camera = slot.name in self.inputs.cameras
-            limit_ms = settings.max_image_age_ms if is_camera else settings.max_joint_age_ms
+            _, limit_ms = settings.age_limit(slot.name)
             stamp_ns = slot.stamp_ns(source)
             skip = check_age(slot.title, stamp_ns, now_ns, limit_ms, settings.max_future_ms)
             if skip is not None:

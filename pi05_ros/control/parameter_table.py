@@ -252,6 +252,15 @@ CAMERA_PARAMETERS: tuple[ParameterSpec, ...] = (
         'Reliability asked of the camera. best_effort also matches a reliable publisher.',
         choices=('best_effort', 'reliable'),
     ),
+    ParameterSpec(
+        'max_age_ms',
+        'double',
+        0.0,
+        'Oldest image of this camera to act on, in ms; 0: max_image_age_ms.',
+        settable=ANY_TIME,
+        minimum=0.0,
+        maximum=60_000.0,
+    ),
 )
 
 # Parameters that rclpy itself declares or reads.

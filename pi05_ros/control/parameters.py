@@ -22,10 +22,11 @@ class ParameterError(Pi05Error):
 
 @dataclass(frozen=True)
 class CameraSettings:
-    """How one camera's images arrive."""
+    """How one camera's images arrive, and how old they may be (0: as those of all cameras)."""
 
     transport: str = 'raw'
     reliability: str = 'best_effort'
+    max_age_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class NodeSettings:
     def camera(self, name: str) -> CameraSettings:
         """Return the settings of a camera of the robot file."""
         return self.cameras.get(name, CameraSettings())
+
+    def age_limit(self, name: str) -> tuple[str, float]:
+        """Return the parameter that says how old an input may be, and its value in ms.
+
+        Args:
+            name: a camera of the robot file, or a joint state or pose.
+        """
+        if name not in self.cameras:
+            return 'max_joint_age_ms', self.max_joint_age_ms
+        own_ms = self.cameras[name].max_age_ms
+        if own_ms:
+            return f'cameras.{name}.max_age_ms', own_ms
+        return 'max_image_age_ms', self.max_image_age_ms
 
 
 MAX_PROBLEMS = 20  # listed at once
@@ -150,8 +164,8 @@ def settings_from_values(
         raise ParameterError('; '.join(problems))
     per_camera: dict[str, CameraSettings] = {}
     for camera in cameras:
-        of_camera = {
-            spec.name: str(chosen[f'cameras.{camera}.{spec.name}']) for spec in CAMERA_PARAMETERS
+        of_camera: dict[str, Any] = {
+            spec.name: chosen[f'cameras.{camera}.{spec.name}'] for spec in CAMERA_PARAMETERS
         }
         per_camera[camera] = CameraSettings(**of_camera)
     plain: dict[str, Any] = {spec.name: chosen[spec.name] for spec in PARAMETERS}

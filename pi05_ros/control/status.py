@@ -119,7 +119,7 @@ def inputs_status(
     values: list[tuple[str, str]] = []
     for name, slot in inputs.sensors.items():
         camera = inputs.cameras.get(name)
-        limit_ms = settings.max_image_age_ms if camera else settings.max_joint_age_ms
+        _, limit_ms = settings.age_limit(name)
         age_ms = math.nan
         if not slot.is_empty:
             stamp_ns = slot.stamp_ns(settings.stamp_source)

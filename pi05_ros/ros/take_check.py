@@ -24,7 +24,7 @@ _NS_PER_S = 1_000_000_000
 # One that fits into the first buffer, one for which each of the two has to grow, and one after.
 _PIXELS = (100, 20_000, 30_000, 200)
 _FIRST_BYTES = 1000
-TRIAL_TOPIC = '~/image_take_'  # and a random end
+TRIAL_TOPIC = 'image_take_'  # below the node's name, and with a random end
 # Nothing is lost, also if the subscription is matched only after the message was sent.
 _QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
@@ -56,7 +56,7 @@ class _Loopback:
     def __init__(self, node: Node) -> None:
         self._node = node
         # Nobody else's: a node of the same name may run beside this one.
-        self._topic = f'{TRIAL_TOPIC}{secrets.token_hex(8)}'
+        self._topic = f'~/{TRIAL_TOPIC}{secrets.token_hex(8)}'
         self._publishers: list[Publisher] = []
         self._subscriptions: list[Subscription] = []
 

@@ -133,8 +133,8 @@ def _slow_or_lossy(probe: InputProbe, settings: NodeSettings) -> list[Finding]:
         who = ', '.join(sorted({publisher.node for publisher in probe.publishers}))
         what = f'{probe.resolved}: {100 * probe.loss:.0f} % of the messages of {who} are lost'
         findings.append(Finding(what, f'start {who} with: {profile_line()}'))
-    name = 'max_image_age_ms' if probe.is_image else 'max_joint_age_ms'
-    limit_ms, period_ms = getattr(settings, name), 1000 / probe.rate_hz
+    name, limit_ms = settings.age_limit(probe.topic.name)
+    period_ms = 1000 / probe.rate_hz
     if period_ms > limit_ms:
         what = (
             f'{probe.resolved}: {probe.rate_hz:.1f} Hz, so a message gets {period_ms:.0f} ms old, '

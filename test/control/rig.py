@@ -11,6 +11,7 @@ from messages import joint_state_cdr, rgb_cdr, string_cdr
 from pi05_ros.control.core import ControlCore, TickResult
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.parameters import NodeSettings, settings_from_values
+from pi05_ros.control.reasons import Skip
 from pi05_ros.engine.pipeline import StageTimes
 from pi05_ros.policy.robot import RobotSpec, load_robot
 from pi05_ros.policy.types import ActionChunk, Observation
@@ -112,6 +113,14 @@ class Rig:
         self.core.advance(self.now_ns)
         self.everything()
         return self.core.tick(self.now_ns)
+
+    def skip(self, after_ms: float = 0.0) -> Skip:
+        """Tick, and return why it did not act."""
+        result = self.tick(after_ms)
+        assert result.chunk is None
+        assert result.skip is not None
+        self.assert_consistent()
+        return result.skip
 
     def assert_consistent(self) -> None:
         counters = self.core.counters

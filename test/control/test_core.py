@@ -17,14 +17,6 @@ from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.policy.errors import PromptError
 
 
-def skip_of(rig: Rig, after_ms: float = 0.0):
-    result = rig.tick(after_ms)
-    assert result.chunk is None
-    assert result.skip is not None
-    rig.assert_consistent()
-    return result.skip
-
-
 def test_complete_observation_reaches_the_policy_unchanged():
     rig = Rig()
     rig.image('base', image=gradient(start=1))
@@ -60,77 +52,17 @@ def test_missing_input_is_named_with_its_topic_and_nothing_is_filled_in(absent):
         rig.image('wrist')
     if absent != 'joint_states':
         rig.joints()
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.MISSING_INPUT
     assert absent in skip.input_name
     assert absent in skip.detail
     assert rig.policy.seen == []
 
 
-def test_stale_image_is_named_with_age_and_limit():
-    rig = Rig(max_image_age_ms=80.0)
-    rig.image('base', age_ms=120)
-    rig.image('wrist', age_ms=143)
-    rig.joints()
-    skip = skip_of(rig)
-    assert skip.reason is Reason.STALE_INPUT
-    assert skip.detail == 'base image 120 ms old > 80 ms'
-
-
-def test_stale_joints_have_a_limit_of_their_own():
-    rig = Rig(max_joint_age_ms=30.0)
-    rig.image('base', age_ms=60)
-    rig.image('wrist', age_ms=60)
-    rig.joints(age_ms=31)
-    assert skip_of(rig).detail == 'joint_states 31 ms old > 30 ms'
-
-
-def test_skewed_cameras_are_refused():
-    rig = Rig(max_skew_ms=20.0)
-    rig.image('base', age_ms=10)
-    rig.image('wrist', age_ms=40)
-    rig.joints()
-    skip = skip_of(rig)
-    assert skip.reason is Reason.SKEWED_INPUTS
-    assert skip.detail == 'wrist image is 30 ms older than base image > 20 ms'
-
-
-def test_receive_time_ignores_a_wrong_camera_clock():
-    rig = Rig(stamp_source='receive')
-    rig.everything()
-    wrong = image_cdr(gradient().tobytes(), 4, 6, stamp_ns=1_000_000)
-    rig.core.push('wrist', wrong, START_NS - 3 * MS)
-    result = rig.tick()
-    assert result.chunk is not None
-    assert result.chunk.stamps_ns['wrist'] == START_NS - 3 * MS
-
-
-def test_stamp_from_the_future_is_refused():
-    rig = Rig()
-    rig.everything()
-    rig.image('wrist', age_ms=-200)
-    skip = skip_of(rig)
-    assert skip.reason is Reason.FUTURE_STAMP
-    assert skip.input_name == 'wrist image'
-
-
-def test_image_is_used_again_within_its_age_and_counted():
-    rig = Rig(max_image_age_ms=70.0)
-    rig.everything()
-    assert rig.tick().chunk is not None
-    rig.now_ns += 50 * MS
-    rig.joints()
-    assert rig.tick().chunk is not None
-    assert rig.core.counters.reused_images == 2
-    rig.now_ns += 50 * MS
-    rig.joints()
-    assert skip_of(rig).reason is Reason.STALE_INPUT
-
-
 def test_empty_task_is_a_missing_input():
     rig = Rig(prompt='  ')
     rig.everything()
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert (skip.reason, skip.input_name) == (Reason.MISSING_INPUT, 'task_prompt')
     rig.task('stack the cups')
     assert rig.tick().chunk is not None
@@ -159,7 +91,7 @@ def test_malformed_message_is_a_reason_until_a_good_one_comes():
     rig = Rig()
     rig.everything()
     rig.core.push('wrist', b'\x00\x01\x00\x00\x01', START_NS)
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.MALFORMED_MESSAGE
     assert skip.detail.startswith('wrist image: the message ends')
     rig.image('wrist')
@@ -172,7 +104,7 @@ def test_wrong_encoding_is_named_with_the_camera():
     stamp_ns = START_NS - MS
     raw = image_cdr(gradient().tobytes(), 4, 6, encoding='yuv422_yuy2', stamp_ns=stamp_ns)
     rig.core.push('base', raw, START_NS)
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.BAD_ENCODING
     assert skip.detail.startswith("base image: encoding 'yuv422_yuy2' is not one of rgb8")
     assert 'install cv_bridge' in skip.detail
@@ -186,7 +118,7 @@ def test_another_image_size_is_refused_once_sizes_are_fixed():
     rig.now_ns += 50 * MS
     rig.everything()
     rig.image('wrist', image=gradient(6, 4))
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.BAD_IMAGE_SIZE
     assert skip.detail.startswith('wrist image: image is 6x4, configured for 4x6')
 
@@ -196,18 +128,18 @@ def test_unusable_image_that_grows_old_is_stale():
     rig.everything()
     raw = image_cdr(b'', 4, 6, stamp_ns=START_NS)
     rig.core.push('wrist', raw, START_NS)
-    assert skip_of(rig).reason is Reason.SHORT_BUFFER
+    assert rig.skip().reason is Reason.SHORT_BUFFER
     rig.now_ns += 300 * MS
     rig.image('base')
     rig.joints()
-    assert skip_of(rig).detail == 'wrist image 300 ms old > 100 ms'
+    assert rig.skip().detail == 'wrist image 300 ms old > 100 ms'
 
 
 def test_missing_joint_is_named():
     rig = Rig()
     rig.everything()
     rig.joints(names=JOINTS[:3] + JOINTS[4:])
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.JOINT_MISSING
     assert 'lacks panda_joint4' in skip.detail
 
@@ -216,7 +148,7 @@ def test_joint_that_is_not_finite_is_refused():
     rig = Rig()
     rig.everything()
     rig.joints(value=float('nan'))
-    assert skip_of(rig).reason is Reason.JOINT_NOT_FINITE
+    assert rig.skip().reason is Reason.JOINT_NOT_FINITE
 
 
 def test_refusal_of_the_policy_is_counted_by_its_own_reason():
@@ -225,7 +157,7 @@ def test_refusal_of_the_policy_is_counted_by_its_own_reason():
 
     rig = Rig(ScriptedPolicy(refuse))
     rig.everything()
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert str(skip) == 'prompt_too_long: the prompt has 300 tokens'
 
 
@@ -258,7 +190,7 @@ def test_broken_policy_is_counted_and_handed_to_the_caller():
 def test_whole_chunk_is_refused_if_one_value_is_not_finite():
     rig = Rig(ScriptedPolicy(value=float('nan')))
     rig.everything()
-    skip = skip_of(rig)
+    skip = rig.skip()
     assert skip.reason is Reason.ACTION_NOT_FINITE
     assert 'panda_joint1' in skip.detail
 
@@ -310,10 +242,10 @@ def test_a_long_pause_of_the_clock_is_no_overrun():
 def test_clock_that_goes_back_drops_every_held_message():
     rig = Rig()
     rig.fresh_tick()
-    skip = skip_of(rig, after_ms=-3000)
+    skip = rig.skip(after_ms=-3000)
     assert skip.reason is Reason.CLOCK_JUMP_BACK
     assert rig.core.counters.clock_jumps == 1
-    assert skip_of(rig, after_ms=50).reason is Reason.MISSING_INPUT
+    assert rig.skip(after_ms=50).reason is Reason.MISSING_INPUT
     assert rig.fresh_tick().chunk is not None
 
 

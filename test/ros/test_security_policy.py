@@ -96,7 +96,7 @@ def used() -> Rules:
     simulated.close()
     rclpy.try_shutdown()
     # Only for a moment while it configures: the trial of the direct take, and the description.
-    trial = TRIAL_TOPIC.replace('~', f'/{NODE_NAME}') + '0'
+    trial = f'/{NODE_NAME}/{TRIAL_TOPIC}0'
     total['publish'].add(trial)
     total['subscribe'] |= {trial, f'/{description_topic().topic}', *all_inputs()}
     return total
