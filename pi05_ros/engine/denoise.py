@@ -123,10 +123,10 @@ class DenoiseStage:
         """
         self._check_steps(num_steps)
         self.launch_begin()
-        for layer in range(self.config.expert.depth):
-            self.launch_layer(num_steps, 0, layer)
-        self.launch_step_end(num_steps, 0)
-        self._launch_later_steps(num_steps)
+        for step in range(num_steps):
+            for layer in range(self.config.expert.depth):
+                self.launch_layer(num_steps, step, layer)
+            self.launch_step_end(num_steps, step)
 
     def launch_begin(self) -> None:
         """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
@@ -134,46 +134,18 @@ class DenoiseStage:
         first = table_row(1, 0)
         self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
 
-    def launch_first_layer(self, layer: int) -> None:
-        """Enqueue one expert layer of the first step, the same for every step count.
-
-        Without PDL: it waits for whatever its stream waits for, such as the prefix K/V of this
-        layer on another one, and no kernel holds multiprocessors while it waits.
-        """
-        pdl, self.layer.pdl = self.layer.pdl, False
-        try:
-            self.layer.launch(table_row(1, 0), layer)
-        finally:
-            self.layer.pdl = pdl
-
-    def launch_after_first_layers(self, num_steps: int) -> None:
-        """Enqueue what :meth:`launch` does behind the layers of its first step."""
-        self._check_steps(num_steps)
-        self.launch_step_end(num_steps, 0, pdl=False)
-        self._launch_later_steps(num_steps)
-
-    def _launch_later_steps(self, num_steps: int) -> None:
-        for step in range(1, num_steps):
-            for layer in range(self.config.expert.depth):
-                self.launch_layer(num_steps, step, layer)
-            self.launch_step_end(num_steps, step)
-
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
         self.layer.launch(table_row(num_steps, step), layer)
 
-    def launch_step_end(self, num_steps: int, step: int, *, pdl: bool = True) -> None:
-        """Enqueue the Euler update and, unless it was the last step, the next step's input.
-
-        Args:
-            pdl: may start before the kernel in front of it is complete, where that is in use.
-        """
+    def launch_step_end(self, num_steps: int, step: int) -> None:
+        """Enqueue the Euler update and, unless it was the last step, the next step's input."""
         source = self.noise if step == 0 else self.actions
         row, following = table_row(num_steps, step), step + 1
         enter = following < num_steps
         self._launch_euler(
             source, row, table_row(num_steps, following) if enter else row,
-            float(step_size(num_steps)), leave=True, enter=enter, pdl=pdl and self.layer.pdl,
+            float(step_size(num_steps)), leave=True, enter=enter, pdl=self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:

@@ -145,17 +145,6 @@ def test_two_pipelines_give_the_same_bits(build, state):
     other.close()
 
 
-@pytest.mark.parametrize('overlap', ['equal', 'yielding'])
-def test_a_first_step_beside_the_prefill_gives_the_same_bits(build, state, overlap):
-    from pi05_ros.engine.cuda_pipeline import CudaPipeline
-
-    other = CudaPipeline(dict(state), CONFIG, make_shape(2, 50), overlap_first_step=overlap)
-    for tokens, steps in ((200, 10), (5, 1), (77, 3), (200, 1)):
-        inputs = make_inputs(2, 50, tokens, seed=tokens)
-        assert np.array_equal(call(other, inputs, steps), call(build(2, 50), inputs, steps))
-    other.close()
-
-
 def test_the_graphs_compute_what_their_kernels_do(build):
     pipeline, inputs = build(2, 50), make_inputs(2, 50, 70)
     expected = call(pipeline, inputs, 3)
