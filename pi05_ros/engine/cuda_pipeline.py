@@ -20,9 +20,11 @@ import torch
 from pi05_ros.model.checkpoint import Checkpoint, load_state
 from pi05_ros.model.config import Pi05Config
 
+from . import denoise_tuner
 from .autotune import TunedKernel, tune
 from .chips import chip_of
 from .denoise import DenoiseStage
+from .denoise_tuning import DenoiseTuning
 from .graphs import StageClock, StageGraph
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps, Ops, PlainGpuOps
@@ -46,7 +48,6 @@ class CudaPipeline(Pipeline):
         shape: what to build for.
         precision: 'bfloat16' runs the fused kernels; 'float32' the same stages in plain PyTorch.
         device: a CUDA device.
-        denoise_kernels: as for :class:`DenoiseStage`.
     Raises:
         BackendError: the GPU, its free memory or the model's shape does not fit; nothing is
             left to fail in a call that fits ``shape``.
@@ -59,9 +60,7 @@ class CudaPipeline(Pipeline):
         shape: PipelineShape,
         precision: str = 'bfloat16',
         device: str = 'cuda',
-        denoise_kernels: str = 'auto',
     ) -> None:
-        self._denoise_kernels = denoise_kernels
         self.config = config
         self.shape = shape
         self.precision = precision
@@ -193,6 +192,29 @@ class CudaPipeline(Pipeline):
         with torch.cuda.device(self.device), torch.inference_mode():
             return tune(self._ops, launches, self._stream)
 
+    def tune_denoise(self, seconds: float = 1800.0) -> tuple[DenoiseTuning, TunedKernel]:
+        """Time the block sizes of the denoise over the last call's prefix and noise.
+
+        The captured graphs keep the sizes that they had: build a pipeline to use the result.
+
+        Args:
+            seconds: what is left of the candidates after this time is not tried.
+        Returns: the choices to store, and what a step gained.
+        """
+        stage, steps, tried = self.denoise, self.shape.max_steps, []
+        with (
+            torch.cuda.device(self.device),
+            torch.inference_mode(),
+            torch.cuda.stream(self._stream),
+        ):
+            before_us = denoise_tuner.time_run_us(stage, steps)
+            found = denoise_tuner.tune(
+                stage, lambda change, outcome: tried.append(outcome), steps, seconds
+            )
+            after_us = denoise_tuner.time_run_us(stage, steps)
+        step = TunedKernel('denoise step', before_us / steps, after_us / steps, len(tried))
+        return found, step
+
     def close(self) -> None:
         """Free graphs, buffers and weights."""
         for name in ('_prefill_graphs', '_denoise_graphs', '_vision_graph', '_preprocess_graph'):
@@ -230,7 +252,6 @@ class CudaPipeline(Pipeline):
             horizon=shape.horizon,
             max_steps=shape.max_steps,
             dtype=dtype,
-            kernels=self._denoise_kernels,
         )
         state.clear()
         self.preprocess = PreprocessStage(

@@ -284,6 +284,22 @@ def test_tuning_times_every_linear_layer_of_both_stages(golden_dir):
     assert choices.cublaslt_version
 
 
+def test_tuning_of_the_denoise_leaves_the_stage_with_what_it_returns(golden_dir):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    checkpoint = open_checkpoint(golden_dir)
+    shape = PipelineShape(((224, 224),), 8, 10, 3, 3)
+    weights = load_state(checkpoint, 'cuda', 'bfloat16')
+    pipeline = CudaPipeline(weights, checkpoint.config, shape)
+    config = checkpoint.config
+    inputs = draw_inputs(((224, 224),), config.vocab_size, 8, (10, config.action_dim))
+    call(pipeline, inputs, 3)
+    found, step = pipeline.tune_denoise(seconds=20.0)
+    assert found == pipeline.denoise.layer.tuning
+    assert step.tried and step.best_us > 0
+    pipeline.close()
+
+
 def test_calls_outside_the_shape_are_refused(build):
     pipeline, inputs = build(2, 50), make_inputs(2, 50)
     with pytest.raises(BackendError, match='num_steps 11 is outside 1 to 10'):
