@@ -269,10 +269,14 @@ def test_a_broken_tuning_is_refused_with_its_file_and_the_reason(load, entry, re
 
 
 @pytest.mark.parametrize('gpu', ['NVIDIA H100 80GB HBM3', 'NVIDIA H200', 'NVIDIA GH200 480GB'])
-def test_every_gh100_has_the_measured_tuning_of_the_released_model(monkeypatch, tmp_path, gpu):
+def test_every_gh100_has_the_measured_tuning_of_the_released_model(
+    monkeypatch, tmp_path, caplog, gpu
+):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: gpu)
     monkeypatch.setattr(denoise_tuning, 'chip_of', lambda device: Chip((9, 0), 132))
-    found = load_denoise_tuning(torch.device('cuda'), Pi05Config.full().expert, 64)
+    with caplog.at_level('INFO'):
+        found = load_denoise_tuning(torch.device('cuda'), Pi05Config.full().expert, 64)
+    assert ('tuned on NVIDIA H100 80GB HBM3, the same chip' in caplog.text) == ('H100' not in gpu)
     assert found.pdl and found.prefetch and not found.prefetch_later
     assert found.qkv == GemmTiling(columns=32, depth=256, splits=1, warps=4, stages=4)
