@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Check and time the denoise stage on a GPU with random full-size weights.
+"""Check, time and tune the denoise stage on a GPU with random full-size weights.
 
     python scripts/bench_denoise.py --check             parity with the plain twin
     python scripts/bench_denoise.py --time              a step, and each kernel of a layer
     python scripts/bench_denoise.py --retune            find and store block sizes
-    python scripts/bench_denoise.py --decide            all of it briefly, for both kernel sets
+    python scripts/bench_denoise.py --check --time --retune --brief --deadline 60
 
+Options may be combined; candidates compile in processes of their own while the rest runs.
 Weights of all layers are different tensors, so every step reads them from HBM.
 """
 
@@ -25,15 +26,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pi05_ros.engine.chips import file_name
 from pi05_ros.engine.denoise import DenoiseStage
-from pi05_ros.engine.denoise_layers import TritonLayer, row_block
+from pi05_ros.engine.denoise_layers import row_block
 from pi05_ros.engine.denoise_tuner import (
     UNFIT,
     programs,
     time_graph_us,
     time_run_us,
     tune,
-    tuning_of,
 )
 from pi05_ros.engine.denoise_tuning import save_denoise_tuning
 from pi05_ros.engine.kernels.prefill_attention import KEY_ROWS_MULTIPLE
@@ -82,7 +83,7 @@ def random_state(config: Pi05Config, device: str, seed: int = 0) -> dict[str, to
 
 def make_stage(
     config: Pi05Config, state: dict[str, torch.Tensor], *, horizon: int, prefix: int,
-    max_steps: int = 10, kernels: str = 'auto',
+    max_steps: int = 10,
 ) -> DenoiseStage:  # fmt: skip
     """Return a stage over a random prefix with room as the pipeline has it, with random noise."""
     generator = torch.Generator('cuda').manual_seed(1)
@@ -94,15 +95,14 @@ def make_stage(
     n_prefix = torch.tensor([prefix], dtype=torch.int32, device='cuda')
     stage = DenoiseStage(
         state, config, keys=keys, values=values, n_prefix=n_prefix, horizon=horizon,
-        max_steps=max_steps, kernels=kernels,
+        max_steps=max_steps,
     )  # fmt: skip
     stage.noise.normal_(generator=generator)
     return stage
 
 
 def check(
-    config: Pi05Config, state: dict[str, torch.Tensor], kernels: str,
-    shapes: tuple[tuple[int, int, int], ...] = ALL_SHAPES,
+    config: Pi05Config, state: dict[str, torch.Tensor], shapes: tuple[tuple[int, int, int], ...]
 ) -> list[dict]:  # fmt: skip
     """Compare kernels with the plain twin, a graph with no graph, and a run with itself.
 
@@ -111,7 +111,7 @@ def check(
     """
     rows = []
     for horizon, prefix, num_steps in shapes:
-        stage = make_stage(config, state, horizon=horizon, prefix=prefix, kernels=kernels)
+        stage = make_stage(config, state, horizon=horizon, prefix=prefix)
         stage.launch(num_steps)
         actions = stage.actions.clone()
         graph = torch.cuda.CUDAGraph()
@@ -125,7 +125,7 @@ def check(
         bf16 = stage.eager(num_steps)
         exact = float32_twin(config, state, stage).eager(num_steps)
         row = {
-            'kernels': stage.backend, 'horizon': horizon, 'prefix': prefix, 'num_steps': num_steps,
+            'horizon': horizon, 'prefix': prefix, 'num_steps': num_steps,
             'cos_bf16': cosine(actions, bf16), 'cos_fp32': cosine(actions, exact),
             'cos_bf16_fp32': cosine(bf16, exact),
             'max_error': (actions - bf16).abs().max().item(),
@@ -156,18 +156,15 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
-    layer = stage.layer
-    row = 0
-    chains: dict[str, Callable[[int], None]] = {
+    layer, row = stage.layer, 0
+    return {
         'qkv': lambda i: layer.launch_qkv(row, i),
         'attend': lambda i: layer.launch_attend(row, i),
+        'merge': lambda i: layer.launch_merge(),
         'attention_out': lambda i: layer.launch_attention_out(row, i),
         'gate_up': lambda i: layer.launch_gate_up(row, i),
         'down': lambda i: layer.launch_down(row, i),
     }
-    if isinstance(layer, TritonLayer):
-        chains['merge'] = lambda i: layer.launch_merge()
-    return chains
 
 
 def time_kernels(stage: DenoiseStage) -> dict[str, float]:
@@ -231,11 +228,8 @@ def precompile(config: Pi05Config, options: argparse.Namespace) -> None:
         config, expert=replace(config.expert, depth=1), vlm=replace(config.vlm, depth=1)
     )
     state = random_state(shallow, 'cuda')
-    stage = make_stage(
-        shallow, state, horizon=options.horizon, prefix=options.prefix, max_steps=2,
-        kernels='triton',
-    )  # fmt: skip
-    for tuning in programs(tuning_of(stage))[options.precompile :: options.parts]:
+    stage = make_stage(shallow, state, horizon=options.horizon, prefix=options.prefix, max_steps=2)
+    for tuning in programs(stage.layer.tuning)[options.precompile :: options.parts]:
         try:
             stage.use_tuning(tuning)
             stage.launch(2)
@@ -268,16 +262,15 @@ def main() -> None:
     parser.add_argument('--check', action='store_true', help='parity with the plain twin')
     parser.add_argument('--time', action='store_true', help='time steps and single kernels')
     parser.add_argument('--retune', action='store_true', help='find and store block sizes')
-    parser.add_argument('--decide', action='store_true', help='compare both kernel sets')
+    parser.add_argument('--brief', action='store_true', help='check two shapes only')
     for name, kind, default, text in (
         ('deadline', float, 3600.0, 'seconds after which no more candidates are tried'),
         ('output', Path, _TUNED_DIR, 'folder for the block sizes; default: in the package'),
     ):
         parser.add_argument(f'--{name}', type=kind, default=default, help=text)
     parser.add_argument('--horizon', type=int, default=50)
-    parser.add_argument('--prefix', type=int, default=968, help='valid prefix tokens')
+    parser.add_argument('--prefix', type=int, default=712, help='valid prefix tokens')
     parser.add_argument('--parts', type=int, default=14, help='processes that compile')
-    parser.add_argument('--kernels', default='auto', help='auto, cuda-clusters or triton')
     parser.add_argument('--precompile', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--json', type=Path, help='write all figures here')
     options = parser.parse_args()
@@ -287,61 +280,34 @@ def main() -> None:
         precompile(config, options)
         return
     result: dict = {'gpu': torch.cuda.get_device_name(), 'torch': torch.__version__}
-    state = random_state(config, 'cuda')
-    if options.decide:
-        decide(config, state, options, result)
-    else:
-        run_parts(config, state, options, result)
+    measure(config, options, result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k not in ('check', 'tried')}))
 
 
-def run_parts(
-    config: Pi05Config, state: dict[str, torch.Tensor], options: argparse.Namespace, result: dict
-) -> None:
-    """Do what the single options ask for, with one kernel set."""
-    result['clocks'] = raise_clocks()
-    print(result['clocks'])
-    result['copy_tb_s'] = copy_bandwidth_tb_s()
+def measure(config: Pi05Config, options: argparse.Namespace, result: dict) -> None:
+    """Do what the options ask for, while the candidates of a search compile."""
+    workers = start_precompiling(options) if options.retune else []
+    state = random_state(config, 'cuda')
     if options.check:
-        result['check'] = check(config, state, options.kernels)
-    stage = make_stage(
-        config, state, horizon=options.horizon, prefix=options.prefix, kernels=options.kernels
-    )
-    print('clocks', raise_clocks())
-    if options.time:
-        result[stage.backend] = all_times(stage)
-    if options.retune:
-        wait_for(start_precompiling(options), options.end)
-        retune(stage, options, result)
-        result['tuned'] = all_times(stage)
-    print_table({name: result[name] for name in ('cuda-clusters', 'triton', 'tuned')
-                 if name in result})  # fmt: skip
-
-
-def decide(
-    config: Pi05Config, state: dict[str, torch.Tensor], options: argparse.Namespace, result: dict
-) -> None:
-    """Check and time both kernel sets, and tune the Triton set, while its candidates compile."""
-    workers = start_precompiling(options)
-    sets = ('cuda-clusters', 'triton')
-    result['check'] = [row for name in sets for row in check(config, state, name, FEW_SHAPES)]
+        result['check'] = check(config, state, FEW_SHAPES if options.brief else ALL_SHAPES)
+    stage = make_stage(config, state, horizon=options.horizon, prefix=options.prefix)
     wait_for(workers, options.end - 12.0)
-    print(f'{options.end - time.perf_counter():.0f} s left, clocks {raise_clocks(0.8)}')
-    times = {}
-    for name in sets:
-        stage = make_stage(
-            config, state, horizon=options.horizon, prefix=options.prefix, kernels=name
-        )
-        times[name] = all_times(stage)
-    retune(stage, options, result)
-    times['tuned'] = all_times(stage)
-    stage.launch(10)
-    agreement = cosine(stage.actions, stage.eager(10))
-    print(f'tuned: cosine to the twin {agreement:.6f}')
-    result |= times | {'tuned_cosine': agreement}
-    print_table(times)
+    result['clocks'] = raise_clocks(0.8)
+    print(f'{options.end - time.perf_counter():.0f} s left, clocks {result["clocks"]}')
+    columns = {}
+    if options.time:
+        result['copy_tb_s'] = copy_bandwidth_tb_s()
+        columns['present'] = all_times(stage)
+    if options.retune:
+        retune(stage, options, result)
+        stage.launch(10)
+        result['tuned_cosine'] = cosine(stage.actions, stage.eager(10))
+        print(f'tuned: cosine to the twin {result["tuned_cosine"]:.6f}')
+        columns['tuned'] = all_times(stage)
+    result |= columns
+    print_table(columns)
 
 
 def all_times(stage: DenoiseStage) -> dict[str, float]:
@@ -350,7 +316,7 @@ def all_times(stage: DenoiseStage) -> dict[str, float]:
 
 
 def print_table(columns: dict[str, dict[str, float]]) -> None:
-    """Print microseconds, one column per kernel set."""
+    """Print microseconds, one column per tuning."""
     names = dict.fromkeys(name for times in columns.values() for name in times)
     print(f'{"us":28s}' + ''.join(f'{column:>15s}' for column in columns))
     for name in names:
@@ -375,9 +341,8 @@ def retune(stage: DenoiseStage, options: argparse.Namespace, result: dict) -> No
     tuning = tune(stage, report, seconds=options.end - started - 4.0)
     print(f'tuned in {time.perf_counter() - started:.0f} s: {tuning}')
     result['tuning'], result['tried'] = asdict(tuning), tried
-    path = save_denoise_tuning(
-        options.output, result['gpu'], stage.config.expert, row_block(stage.horizon), tuning
-    )
+    path = options.output / file_name('denoise', result['gpu'])
+    save_denoise_tuning(path, stage.config.expert, row_block(stage.horizon), tuning)
     print(f'stored in {path}')
 
 

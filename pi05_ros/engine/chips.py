@@ -1,4 +1,4 @@
-"""Which GPUs are the same chip, so that what was timed on one counts for the other.
+"""Where choices that were timed on a GPU lie, and which GPUs are the same chip.
 
 A driver reports a marketing name, and one chip is sold under several of them. What decides which
 kernel is fastest is the compute capability and the number of multiprocessors: an H100 SXM and an
@@ -7,6 +7,7 @@ H200 are both a GH100 with 132 of them and differ in memory alone.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Chip:
 
 
 # The chips of the GPUs that the package ships choices for.
-_TUNED_GPUS = {'NVIDIA H200': Chip((9, 0), 132)}
+_TUNED_GPUS = {'NVIDIA H100 80GB HBM3': Chip((9, 0), 132), 'NVIDIA H200': Chip((9, 0), 132)}
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,9 @@ def file_name(kind: str, gpu: str) -> str:
     """Return the name of the file that holds a GPU's choices of a kind."""
     slug = re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')
     return f'{kind}_{slug}.json'
+
+
+def user_path(kind: str, gpu: str) -> Path:
+    """Return where ``pi05-ros tune`` writes: below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(root) / 'pi05_ros' / 'tuned' / file_name(kind, gpu)

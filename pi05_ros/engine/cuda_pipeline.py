@@ -20,10 +20,11 @@ import torch
 from pi05_ros.model.checkpoint import Checkpoint, load_state
 from pi05_ros.model.config import Pi05Config
 
+from . import denoise_tuner
 from .autotune import TunedKernel, tune
 from .chips import chip_of
 from .denoise import DenoiseStage
-from .first_step import FirstStepBesidePrefill
+from .denoise_tuning import DenoiseTuning
 from .graphs import StageClock, StageGraph
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps, Ops, PlainGpuOps
@@ -35,7 +36,6 @@ from .tuning import TunedChoices, load_choices
 from .vision import VisionStage
 from .weights import State, pack_prefill, pack_vision
 
-OVERLAPS = ('no', 'equal', 'yielding')
 _log = logging.getLogger(__name__)
 
 
@@ -48,9 +48,6 @@ class CudaPipeline(Pipeline):
         shape: what to build for.
         precision: 'bfloat16' runs the fused kernels; 'float32' the same stages in plain PyTorch.
         device: a CUDA device.
-        denoise_kernels: as for :class:`DenoiseStage`.
-        overlap_first_step: 'no', or the layers of the first Euler step beside the prefill: 'equal'
-            to it in the competition for multiprocessors, or 'yielding' to it. The same bits.
     Raises:
         BackendError: the GPU, its free memory or the model's shape does not fit; nothing is
             left to fail in a call that fits ``shape``.
@@ -63,14 +60,7 @@ class CudaPipeline(Pipeline):
         shape: PipelineShape,
         precision: str = 'bfloat16',
         device: str = 'cuda',
-        denoise_kernels: str = 'auto',
-        overlap_first_step: str = 'no',
     ) -> None:
-        if overlap_first_step not in OVERLAPS:
-            raise BackendError(
-                f'overlap_first_step must be one of {OVERLAPS}, got {overlap_first_step!r}'
-            )
-        self._denoise_kernels, self._overlap = denoise_kernels, overlap_first_step
         self.config = config
         self.shape = shape
         self.precision = precision
@@ -79,9 +69,7 @@ class CudaPipeline(Pipeline):
         check_device(place)
         check_limits(config, shape)
         with torch.cuda.device(place), torch.inference_mode():
-            # A smaller number is a higher priority; 0 is the lowest.
-            priority = -1 if overlap_first_step == 'yielding' else 0
-            self._stream = torch.cuda.Stream(place, priority=priority)
+            self._stream = torch.cuda.Stream(place)
             with torch.cuda.stream(self._stream):
                 self._build_stages(state, place)
             self._stream.synchronize()
@@ -204,6 +192,29 @@ class CudaPipeline(Pipeline):
         with torch.cuda.device(self.device), torch.inference_mode():
             return tune(self._ops, launches, self._stream)
 
+    def tune_denoise(self, seconds: float = 1800.0) -> tuple[DenoiseTuning, TunedKernel]:
+        """Time the block sizes of the denoise over the last call's prefix and noise.
+
+        The captured graphs keep the sizes that they had: build a pipeline to use the result.
+
+        Args:
+            seconds: what is left of the candidates after this time is not tried.
+        Returns: the choices to store, and what a step gained.
+        """
+        stage, steps, tried = self.denoise, self.shape.max_steps, []
+        with (
+            torch.cuda.device(self.device),
+            torch.inference_mode(),
+            torch.cuda.stream(self._stream),
+        ):
+            before_us = denoise_tuner.time_run_us(stage, steps)
+            found = denoise_tuner.tune(
+                stage, lambda change, outcome: tried.append(outcome), steps, seconds
+            )
+            after_us = denoise_tuner.time_run_us(stage, steps)
+        step = TunedKernel('denoise step', before_us / steps, after_us / steps, len(tried))
+        return found, step
+
     def close(self) -> None:
         """Free graphs, buffers and weights."""
         for name in ('_prefill_graphs', '_denoise_graphs', '_vision_graph', '_preprocess_graph'):
@@ -241,7 +252,6 @@ class CudaPipeline(Pipeline):
             horizon=shape.horizon,
             max_steps=shape.max_steps,
             dtype=dtype,
-            kernels=self._denoise_kernels,
         )
         state.clear()
         self.preprocess = PreprocessStage(
@@ -264,21 +274,14 @@ class CudaPipeline(Pipeline):
         def graph(name: str, launch: Callable[[], None]) -> StageGraph:
             return StageGraph(name, launch, stream, pool)
 
-        launch_prefill: Callable[[int], None] = self.prefill.launch
-        launch_denoise = self.denoise.launch
-        if self._overlap != 'no':
-            side = torch.cuda.Stream(self.device)
-            both = FirstStepBesidePrefill(self.prefill, self.denoise, stream, side)
-            launch_prefill = both.launch
-            launch_denoise = self.denoise.launch_after_first_layers
         self._preprocess_graph = graph('preprocess', self.preprocess.launch)
         self._vision_graph = graph('vision', self.vision.launch)
         self._prefill_graphs = {
-            rows: graph(f'prefill of {rows} rows', partial(launch_prefill, rows))
+            rows: graph(f'prefill of {rows} rows', partial(self.prefill.launch, rows))
             for rows in self.prefill.buckets
         }
         self._denoise_graphs = {
-            steps: graph(f'denoise of {steps} steps', partial(launch_denoise, steps))
+            steps: graph(f'denoise of {steps} steps', partial(self.denoise.launch, steps))
             for steps in range(1, self.shape.max_steps + 1)
         }
         self._clock = StageClock(7)

@@ -10,28 +10,24 @@ prompt.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 import torch
 import triton
 from torch import Tensor
 
-from pi05_ros.engine.denoise_layers import ClusterLayer, LayerBuffers, TritonLayer, row_block
+from pi05_ros.engine.denoise_layers import ExpertLayer, LayerBuffers, row_block
 from pi05_ros.engine.denoise_tuning import DenoiseTuning, load_denoise_tuning
 from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import SCALE, table_row
-from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
-from pi05_ros.engine.kernels.launch import PDL_MODES, block_size, has_pdl, is_interpreted
+from pi05_ros.engine.kernels.launch import block_size, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
 from pi05_ros.model.sampler import step_size
 
 _EULER_WARPS = 16
-_log = logging.getLogger(__name__)
 
 
 class DenoiseStage:
@@ -45,7 +41,6 @@ class DenoiseStage:
         horizon: rows H of ``noise`` and ``actions``.
         max_steps: largest step count of a launch.
         dtype: storage dtype of weights and activations.
-        kernels: 'cuda-clusters', 'triton', or 'auto': clusters where GPU and shape allow them.
     Raises:
         BackendError: the model's shape does not fit the kernels, or tensors do not fit together.
     """
@@ -61,7 +56,6 @@ class DenoiseStage:
         horizon: int,
         max_steps: int,
         dtype: torch.dtype = torch.bfloat16,
-        kernels: str = 'auto',
     ) -> None:
         check_inputs(config, keys, values, n_prefix, horizon, max_steps, dtype)
         self.config, self.horizon, self.max_steps, self.dtype = config, horizon, max_steps, dtype
@@ -72,47 +66,12 @@ class DenoiseStage:
         self.actions = torch.zeros_like(self.noise)
         self.cos, self.sin = rope_table(config, keys.shape[1] + horizon, dtype, self.device)
         self.buffers = self._layer_buffers()
-        self._choose_kernels(kernels)
+        rows = row_block(horizon)
+        self.use_tuning(load_denoise_tuning(self.device, config.expert, rows))
 
     def use_tuning(self, tuning: DenoiseTuning) -> None:
-        """Run the Triton kernels with other block sizes; a graph captured before is stale."""
-        self.layer: ClusterLayer | TritonLayer = TritonLayer(
-            self.buffers, self.weights, self.config.expert, tuning
-        )
-
-    @property
-    def backend(self) -> str:
-        """Name of the kernels that run, for the diagnostics."""
-        return self.layer.name
-
-    def _choose_kernels(self, kernels: str) -> None:
-        """Decide once which kernels run; what was asked for by name runs or is refused."""
-        if kernels not in ('auto', 'cuda-clusters', 'triton'):
-            raise BackendError(
-                f"kernels must be 'auto', 'cuda-clusters' or 'triton', got {kernels!r}"
-            )
-        expert = self.config.expert
-        obstacle = self._cluster_obstacle()
-        if kernels == 'cuda-clusters' and obstacle is not None:
-            raise BackendError(f'the cluster kernels cannot run: {obstacle}')
-        if kernels == 'triton' or obstacle is not None:
-            _log.info('denoise runs the triton kernels: %s', obstacle or 'asked for')
-            self.use_tuning(load_denoise_tuning(self.device, expert, row_block(self.horizon)))
-        else:
-            self.layer = ClusterLayer(self.buffers, self.weights, expert)
-
-    def _cluster_obstacle(self) -> str | None:
-        """Return why the cluster kernels cannot run here, or None if they can."""
-        misfit = cluster_misfit(self.config.expert, self.horizon, self.keys.shape[1])
-        if misfit is not None:
-            return misfit
-        if self.dtype != torch.bfloat16:
-            return f'they compute in bfloat16, not in {self.dtype}'
-        if not has_pdl(self.device):
-            return f'{self.device} is no GPU with thread block clusters (compute capability 9.0)'
-        if find_spec('cuda') is None or find_spec('cuda.bindings') is None:
-            return 'the package cuda-bindings is not installed'
-        return None
+        """Run the kernels with other block sizes; a graph captured before is stale."""
+        self.layer = ExpertLayer(self.buffers, self.weights, self.config.expert, tuning)
 
     def launch(self, num_steps: int) -> None:
         """Enqueue a whole run from ``noise`` to ``actions`` on the current stream.
@@ -123,10 +82,10 @@ class DenoiseStage:
         """
         self._check_steps(num_steps)
         self.launch_begin()
-        for layer in range(self.config.expert.depth):
-            self.launch_layer(num_steps, 0, layer)
-        self.launch_step_end(num_steps, 0)
-        self._launch_later_steps(num_steps)
+        for step in range(num_steps):
+            for layer in range(self.config.expert.depth):
+                self.launch_layer(num_steps, step, layer)
+            self.launch_step_end(num_steps, step)
 
     def launch_begin(self) -> None:
         """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
@@ -134,46 +93,18 @@ class DenoiseStage:
         first = table_row(1, 0)
         self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
 
-    def launch_first_layer(self, layer: int) -> None:
-        """Enqueue one expert layer of the first step, the same for every step count.
-
-        Without PDL: it waits for whatever its stream waits for, such as the prefix K/V of this
-        layer on another one, and no kernel holds multiprocessors while it waits.
-        """
-        pdl, self.layer.pdl = self.layer.pdl, False
-        try:
-            self.layer.launch(table_row(1, 0), layer)
-        finally:
-            self.layer.pdl = pdl
-
-    def launch_after_first_layers(self, num_steps: int) -> None:
-        """Enqueue what :meth:`launch` does behind the layers of its first step."""
-        self._check_steps(num_steps)
-        self.launch_step_end(num_steps, 0, pdl=False)
-        self._launch_later_steps(num_steps)
-
-    def _launch_later_steps(self, num_steps: int) -> None:
-        for step in range(1, num_steps):
-            for layer in range(self.config.expert.depth):
-                self.launch_layer(num_steps, step, layer)
-            self.launch_step_end(num_steps, step)
-
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
         self.layer.launch(table_row(num_steps, step), layer)
 
-    def launch_step_end(self, num_steps: int, step: int, *, pdl: bool = True) -> None:
-        """Enqueue the Euler update and, unless it was the last step, the next step's input.
-
-        Args:
-            pdl: may start before the kernel in front of it is complete, where that is in use.
-        """
+    def launch_step_end(self, num_steps: int, step: int) -> None:
+        """Enqueue the Euler update and, unless it was the last step, the next step's input."""
         source = self.noise if step == 0 else self.actions
         row, following = table_row(num_steps, step), step + 1
         enter = following < num_steps
         self._launch_euler(
             source, row, table_row(num_steps, following) if enter else row,
-            float(step_size(num_steps)), leave=True, enter=enter, pdl=pdl and self.layer.pdl,
+            float(step_size(num_steps)), leave=True, enter=enter, pdl=self.layer.pdl,
         )  # fmt: skip
 
     def eager(self, num_steps: int) -> Tensor:
@@ -244,7 +175,7 @@ class DenoiseStage:
             PARTS_POW2=triton.next_power_of_2(self.layer.parts),
             EPS=self.config.expert.rms_norm_eps, A_POW2=triton.next_power_of_2(actions),
             BK=block_size(width, 512, 'width'), LEAVE=leave, ENTER=enter,
-            WARPS=_EULER_WARPS, PDL=PDL_MODES['early' if pdl else 'off'], PREFETCH=pdl,
+            WARPS=_EULER_WARPS, PDL=pdl, PREFETCH=pdl,
             launch_pdl=pdl, num_warps=_EULER_WARPS,
         )  # fmt: skip
 

@@ -1,8 +1,4 @@
-"""One expert layer as kernel launches: the cluster kernels, or the portable Triton kernels.
-
-Both read and write the same :class:`LayerBuffers` and compute the same function; which one a
-stage uses is decided once, when it is built.
-"""
+"""One expert layer as six kernel launches over buffers that every layer and step reuses."""
 
 from __future__ import annotations
 
@@ -18,8 +14,7 @@ from pi05_ros.engine.denoise_tuning import DenoiseTuning, GemmTiling
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import GATE, SCALE, SHIFT
-from pi05_ros.engine.kernels.cluster_layer import PARTS, ClusterKernels
-from pi05_ros.engine.kernels.launch import PDL_MODES, block_size, has_pdl
+from pi05_ros.engine.kernels.launch import block_size, has_pdl
 from pi05_ros.model.config import GemmaConfig
 
 _MAX_ROW_BLOCK = 64
@@ -27,7 +22,7 @@ _MAX_ROW_BLOCK = 64
 
 @dataclass(frozen=True)
 class LayerBuffers:
-    """What a layer reads and writes; reused by every layer and step."""
+    """What a layer reads and writes."""
 
     x: Tensor  # (H, W) residual stream
     scaled: Tensor  # (H, W) x * (1 + scale of the next norm)
@@ -41,80 +36,8 @@ class LayerBuffers:
     sin: Tensor  # (P_max + H, D / 2)
 
 
-class ClusterLayer:
-    """Five CUDA kernels per layer, for GPUs with thread block clusters."""
-
-    name = 'cuda-clusters'
-    parts = PARTS
-
-    def __init__(self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig) -> None:
-        horizon, device = buffers.x.shape[0], buffers.x.device
-        self._buffers, self._weights = buffers, weights
-        self._kernels = ClusterKernels(expert, horizon, buffers.keys.shape[1], device)
-        self.ssq = torch.zeros(horizon, PARTS, device=device)
-        self._log2_scale = expert.head_dim**-0.5 * math.log2(math.e)
-        self.prefetch = True
-        self.pdl = True
-
-    def launch(self, row: int, layer: int) -> None:
-        """Enqueue one layer with the modulations of one row of the table."""
-        self.launch_qkv(row, layer)
-        self.launch_attend(row, layer)
-        self.launch_attention_out(row, layer)
-        self.launch_gate_up(row, layer)
-        self.launch_down(row, layer)
-
-    # Each kernel also asks for the weights of a later one that are not on their way yet.
-    def launch_qkv(self, row: int, layer: int) -> None:
-        """Enqueue norm, q, k, v and their rotation: x to qkv."""
-        b, w = self._buffers, self._weights
-        modulation = w.modulations[row, 2 * layer]
-        self._launch(
-            'qkv_rope', (b.x, self.ssq, modulation, w.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
-        )  # fmt: skip
-
-    def launch_attend(self, row: int, layer: int) -> None:
-        """Enqueue attention over prefix and suffix: qkv to attended."""
-        b, w = self._buffers, self._weights
-        self._launch(
-            'attend',
-            (b.qkv, b.keys[layer], b.values[layer], b.n_prefix, b.attended, self._log2_scale),
-            w.gate_up[layer],
-        )
-
-    def launch_attention_out(self, row: int, layer: int) -> None:
-        """Enqueue the output projection: attended into x."""
-        b, w = self._buffers, self._weights
-        gate = w.modulations[row, 2 * layer, GATE]
-        self._launch(
-            'attention_out', (b.attended, w.attention_out[layer], gate, b.x, self.ssq),
-            w.down[layer],
-        )  # fmt: skip
-
-    def launch_gate_up(self, row: int, layer: int) -> None:
-        """Enqueue norm, gate, up and their product: x to activated."""
-        b, w = self._buffers, self._weights
-        modulation = w.modulations[row, 2 * layer + 1]
-        self._launch(
-            'gate_up', (b.x, self.ssq, modulation, w.gate_up[layer], b.activated),
-            w.qkv[(layer + 1) % len(w.qkv)],
-        )  # fmt: skip
-
-    def launch_down(self, row: int, layer: int) -> None:
-        """Enqueue the down projection: activated into x."""
-        b, w = self._buffers, self._weights
-        gate = w.modulations[row, 2 * layer + 1, GATE]
-        following = w.attention_out[(layer + 1) % len(w.qkv)]
-        self._launch('down', (b.activated, w.down[layer], gate, b.x, self.ssq), following)
-
-    def _launch(self, name: str, arguments: tuple, prefetch: Tensor | None = None) -> None:
-        self._kernels.launch(name, arguments, prefetch if self.prefetch else None, self.pdl)
-
-
-class TritonLayer:
+class ExpertLayer:
     """Six Triton kernels per layer, for any GPU that Triton knows, and for its interpreter."""
-
-    name = 'triton'
 
     def __init__(
         self, buffers: LayerBuffers, weights: ExpertWeights, expert: GemmaConfig,
@@ -124,7 +47,7 @@ class TritonLayer:
         self.tuning = tuning
         self.horizon = buffers.x.shape[0]
         self.row_block = row_block(self.horizon)
-        self.pdl = tuning.pdl != 'off' and has_pdl(buffers.x.device)
+        self.pdl = tuning.pdl and has_pdl(buffers.x.device)
         mods = weights.modulations
         self._qkv_shift = _shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
         self._gate_up_shift = _shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
@@ -170,7 +93,7 @@ class TritonLayer:
 
     def _start(self, *, prefetch: bool = True) -> dict[str, Any]:
         """Return the launch arguments that say how a kernel starts."""
-        start = {'PDL': PDL_MODES[self.tuning.pdl if self.pdl else 'off'], 'launch_pdl': self.pdl}
+        start = {'PDL': self.pdl, 'launch_pdl': self.pdl}
         return start | ({'PREFETCH': self.pdl and self.tuning.prefetch} if prefetch else {})
 
     def _normed(self, tiling: GemmTiling, name: str, size: int, parts: int) -> dict[str, Any]:

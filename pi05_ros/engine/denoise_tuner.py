@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from pi05_ros.engine.denoise import DenoiseStage
-from pi05_ros.engine.denoise_layers import TritonLayer
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
 from pi05_ros.engine.pipeline import BackendError
 
@@ -21,13 +20,12 @@ from pi05_ros.engine.pipeline import BackendError
 # latency at both ends. Every tile of columns reads all activations again, so wide tiles read less
 # and narrow ones spread over more multiprocessors; both are here, each shallow enough in shared
 # memory for two kernels per multiprocessor, and so deep that all operands are asked for at once.
-# The last of a list have no loop: their weights lie in shared memory before the wait.
 _QKV = [
     GemmTiling(columns, depth, 1, warps, stages)
     for columns, depth, warps, stages in (
         (16, 128, 4, 4), (16, 256, 4, 2), (16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4),
         (32, 128, 4, 6), (32, 128, 4, 9), (32, 128, 8, 4), (32, 256, 4, 4), (64, 64, 4, 6),
-        (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 4), (16, 1024, 8, 1), (32, 1024, 8, 1),
+        (64, 128, 4, 3), (64, 128, 4, 6), (64, 128, 8, 4),
     )
 ]  # fmt: skip
 _GATE_UP = [
@@ -42,7 +40,7 @@ _ATTENTION_OUT = [
     for columns, depth, splits, warps, stages in (
         (16, 128, 2, 4, 4), (16, 256, 1, 4, 4), (16, 256, 2, 4, 3), (32, 128, 2, 4, 4),
         (32, 128, 2, 4, 6), (32, 128, 4, 4, 4), (32, 256, 2, 4, 4), (64, 128, 4, 4, 4),
-        (64, 128, 4, 8, 4), (16, 1024, 2, 8, 1), (32, 512, 4, 4, 1), (32, 512, 4, 8, 1),
+        (64, 128, 4, 8, 4),
     )
 ]  # fmt: skip
 _DOWN = [
@@ -50,8 +48,7 @@ _DOWN = [
     for columns, depth, splits, warps, stages in (
         (32, 128, 4, 4, 4), (32, 128, 4, 4, 6), (32, 128, 4, 4, 9), (32, 256, 4, 4, 3),
         (32, 256, 4, 4, 4), (64, 64, 4, 4, 6), (64, 128, 4, 4, 4), (64, 128, 4, 8, 4),
-        (64, 128, 4, 8, 6), (64, 128, 8, 4, 3), (32, 512, 8, 8, 1), (32, 1024, 4, 8, 1),
-        (64, 512, 8, 8, 1),
+        (64, 128, 4, 8, 6), (64, 128, 8, 4, 3),
     )
 ]  # fmt: skip
 _ATTENTION = [
@@ -64,16 +61,17 @@ _ATTENTION = [
 ]  # fmt: skip
 # How kernels start comes first: it decides how many of them share a multiprocessor.
 STARTS: list[dict[str, Any]] = [
-    {'pdl': 'early', 'prefetch': True}, {'pdl': 'early', 'prefetch': False},
-    {'pdl': 'late', 'prefetch': True}, {'pdl': 'off', 'prefetch': False},
-]  # fmt: skip
+    {'pdl': True, 'prefetch': True},
+    {'pdl': True, 'prefetch': False},
+    {'pdl': False, 'prefetch': False},
+]
 # The columns of down and attention_out decide how many parts the norm behind them adds, so they
 # come before qkv and gate_up, whose programs depend on it.
 CANDIDATES: list[dict[str, Any]] = [
     {field: choice}
     for field, choices in (
-        ('down', _DOWN), ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
         ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]), ('prefetch_later', [True]),
+        ('down', _DOWN), ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
     )
     for choice in choices
 ]  # fmt: skip
@@ -88,14 +86,14 @@ def programs(base: DenoiseTuning) -> list[DenoiseTuning]:
     Those that it is least likely to need come last.
     """
     started = [replace(base, **start) for start in STARTS]
-    usual = [replace(s, **change) for s in started if s.pdl != 'off' for change in CANDIDATES]
+    usual = [replace(s, **change) for s in started if s.pdl for change in CANDIDATES]
     other_parts = [
         replace(s, **{producer: replace(getattr(base, producer), columns=columns), field: tiling})
         for field, tilings, producer, choices in (
             ('qkv', _QKV, 'down', _DOWN), ('gate_up', _GATE_UP, 'attention_out', _ATTENTION_OUT)
         )
         for columns in sorted({c.columns for c in choices} - {getattr(base, producer).columns})
-        for s in started if s.pdl != 'off'
+        for s in started if s.pdl
         for tiling in tilings
     ]  # fmt: skip
     return started + usual + other_parts
@@ -141,7 +139,7 @@ def tune(
     """
     end = time.perf_counter() + seconds
     expected = stage.eager(num_steps)
-    best, best_us = tuning_of(stage), time_run_us(stage, num_steps)
+    best, best_us = stage.layer.tuning, time_run_us(stage, num_steps)
     for change in STARTS + CANDIDATES:
         if time.perf_counter() > end:
             report(change, 'no time left for this and the rest')
@@ -159,7 +157,7 @@ def tune(
             continue
         report(change, time_us / num_steps)
         if time_us < best_us:
-            best, best_us = tuning_of(stage), time_us
+            best, best_us = stage.layer.tuning, time_us
     stage.use_tuning(best)
     return best
 
@@ -168,10 +166,3 @@ def _agrees(actions: Tensor, expected: Tensor) -> bool:
     """Return whether a run computed what its plain twin does; False for what is not a number."""
     cosine = torch.cosine_similarity(actions.flatten(), expected.flatten(), dim=0)
     return cosine.item() >= _LEAST_COSINE
-
-
-def tuning_of(stage: DenoiseStage) -> DenoiseTuning:
-    """Return what the Triton kernels of a stage run with."""
-    if not isinstance(stage.layer, TritonLayer):
-        raise BackendError(f'only the Triton kernels have block sizes, not {stage.backend}')
-    return stage.layer.tuning

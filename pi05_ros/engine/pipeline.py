@@ -25,11 +25,7 @@ class BackendError(Pi05Error):
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds of one call, in the order in which they pass. NaN: not measured separately.
-
-    Where the first Euler step runs beside the prefill (:mod:`.first_step`), ``prefill_ms``
-    contains the layers of that step and ``denoise_ms`` begins with its end.
-    """
+    """Milliseconds of one call, in the order in which they pass. NaN: not measured separately."""
 
     h2d_ms: float
     preprocess_ms: float

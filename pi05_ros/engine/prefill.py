@@ -6,8 +6,6 @@ run over (a bucket at or above it); rows between the two are zero and nobody att
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from pi05_ros.model.config import Pi05Config
@@ -30,10 +28,6 @@ def bucket_rows(num_image_rows: int, max_prompt_tokens: int) -> tuple[int, ...]:
     longest = num_image_rows + max_prompt_tokens
     first = -(-(num_image_rows + 1) // BUCKET_TOKENS) * BUCKET_TOKENS
     return (*range(first, longest, BUCKET_TOKENS), longest)
-
-
-def _do_nothing(layer: int) -> None:
-    pass
 
 
 class PrefillStage:
@@ -85,12 +79,8 @@ class PrefillStage:
         needed = self.num_image_rows + num_tokens
         return next(rows for rows in self.buckets if rows >= needed)
 
-    def launch(self, rows: int, after_cache: Callable[[int], None] = _do_nothing) -> None:
-        """Enqueue the stage on the current stream, over ``rows`` rows of the prefix.
-
-        Args:
-            after_cache: called with each layer's number behind the kernel that fills its K/V.
-        """
+    def launch(self, rows: int) -> None:
+        """Enqueue the stage on the current stream, over ``rows`` rows of the prefix."""
         ops, vlm = self.ops, self.config
         prompt = self.prefix[self.num_image_rows : rows]
         ops.embed_prompt(
@@ -100,10 +90,8 @@ class PrefillStage:
         for index, layer in enumerate(self.weights.layers):
             q = self.q[:rows]
             self._fill_cache(index, x, layer.qkv, q)
-            after_cache(index)
             x = self._finish_layer(index, layer, x, q)
         self._fill_cache(vlm.depth - 1, x, self.weights.last_kv, None)
-        after_cache(vlm.depth - 1)
 
     def _fill_cache(
         self, index: int, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor | None

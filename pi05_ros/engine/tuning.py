@@ -10,7 +10,6 @@ pipeline is built, so that the same machine always runs the same kernels.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 from pi05_ros.model.files import read_json_object
 
-from .chips import Chip, file_name, shipped_files
+from .chips import Chip, shipped_files, user_path
 from .pipeline import BackendError
 
 FORMAT = 1
@@ -84,7 +83,7 @@ def load_choices(gpu: str, chip: Chip) -> TunedChoices:
     for shipped in shipped_files('prefix', gpu, chip)[:1]:
         found = replace(read_choices(shipped.path, shipped.gpu), source=shipped.source(gpu))
         choices = choices.merged(found)
-    own = user_path(gpu)
+    own = user_path('prefix', gpu)
     return choices.merged(read_choices(own, gpu)) if own.is_file() else choices
 
 
@@ -132,9 +131,3 @@ def _fault(content: Mapping[str, Any]) -> str:
         if not all(type(value) is int and 0 <= value <= _MAX_LAUNCH for value in values):
             return f'kernel {key!r:.80} has no whole numbers from 0 to {_MAX_LAUNCH}'
     return ''
-
-
-def user_path(gpu: str) -> Path:
-    """Return where ``pi05-ros tune`` writes: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(root) / 'pi05_ros' / 'tuned' / file_name('prefix', gpu)

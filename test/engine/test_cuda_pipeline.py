@@ -145,17 +145,6 @@ def test_two_pipelines_give_the_same_bits(build, state):
     other.close()
 
 
-@pytest.mark.parametrize('overlap', ['equal', 'yielding'])
-def test_a_first_step_beside_the_prefill_gives_the_same_bits(build, state, overlap):
-    from pi05_ros.engine.cuda_pipeline import CudaPipeline
-
-    other = CudaPipeline(dict(state), CONFIG, make_shape(2, 50), overlap_first_step=overlap)
-    for tokens, steps in ((200, 10), (5, 1), (77, 3), (200, 1)):
-        inputs = make_inputs(2, 50, tokens, seed=tokens)
-        assert np.array_equal(call(other, inputs, steps), call(build(2, 50), inputs, steps))
-    other.close()
-
-
 def test_the_graphs_compute_what_their_kernels_do(build):
     pipeline, inputs = build(2, 50), make_inputs(2, 50, 70)
     expected = call(pipeline, inputs, 3)
@@ -293,6 +282,22 @@ def test_tuning_times_every_linear_layer_of_both_stages(golden_dir):
     assert {result.key.split('-')[0] for result in results} >= {'vision_attention', '264x128'}
     assert all(result.best_us <= result.default_us for result in results)
     assert choices.cublaslt_version
+
+
+def test_tuning_of_the_denoise_leaves_the_stage_with_what_it_returns(golden_dir):
+    from pi05_ros.engine.cuda_pipeline import CudaPipeline
+
+    checkpoint = open_checkpoint(golden_dir)
+    shape = PipelineShape(((224, 224),), 8, 10, 3, 3)
+    weights = load_state(checkpoint, 'cuda', 'bfloat16')
+    pipeline = CudaPipeline(weights, checkpoint.config, shape)
+    config = checkpoint.config
+    inputs = draw_inputs(((224, 224),), config.vocab_size, 8, (10, config.action_dim))
+    call(pipeline, inputs, 3)
+    found, step = pipeline.tune_denoise(seconds=20.0)
+    assert found == pipeline.denoise.layer.tuning
+    assert step.tried and step.best_us > 0
+    pipeline.close()
 
 
 def test_calls_outside_the_shape_are_refused(build):

@@ -18,9 +18,14 @@ from pi05_ros.engine import chips, denoise_tuning
 from pi05_ros.engine.chips import Chip
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.denoise_layers import row_block
-from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
+from pi05_ros.engine.denoise_tuning import (
+    AttentionTiling,
+    DenoiseTuning,
+    GemmTiling,
+    load_denoise_tuning,
+    save_denoise_tuning,
+)
 from pi05_ros.engine.kernels.adarms import table_row
-from pi05_ros.engine.kernels.cluster_layer import cluster_misfit
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.model.config import Pi05Config
 
@@ -64,7 +69,6 @@ def _stage(
         'horizon': horizon,
         'max_steps': max_steps,
         'dtype': torch.float32,
-        'kernels': 'triton',
         **changes,
     }
     stage = DenoiseStage(state, config, **arguments)
@@ -165,13 +169,10 @@ def test_step_count_beyond_the_table_is_refused(state):
         stage.launch(4)
 
 
-def test_runs_share_the_modulations_of_their_first_step_and_no_others(state):
+def test_every_step_of_every_run_has_modulations_of_its_own(state):
     stage = _stage(state, max_steps=3)
     rows = [table_row(n, step) for n in (1, 2, 3) for step in range(n)]
-    assert [table_row(n, 0) for n in (1, 2, 3)] == [0, 0, 0]
-    later = [row for row in rows if row]
-    assert len(set(later)) == len(later) == 3
-    assert max(later) < len(stage.weights.modulations)
+    assert rows == list(range(len(stage.weights.modulations)))
 
 
 def test_missing_weight_is_named(state):
@@ -200,60 +201,82 @@ def test_tuning_survives_its_json_form():
     assert DenoiseTuning.from_dict(asdict(_SMALL)) == _SMALL
 
 
-def test_unknown_kernels_are_refused(state):
-    with pytest.raises(BackendError, match="'auto', 'cuda-clusters' or 'triton', got 'cutlass'"):
-        _stage(state, kernels='cutlass')
-
-
-def test_cluster_kernels_refuse_a_tiny_expert(state):
-    with pytest.raises(BackendError, match='made for the released expert'):
-        _stage(state, kernels='cuda-clusters')
-
-
-def test_auto_takes_the_portable_kernels_for_a_tiny_expert_and_says_why(state, caplog):
-    with caplog.at_level('INFO'):
-        assert _stage(state, kernels='auto').backend == 'triton'
-    assert 'made for the released expert' in caplog.text
-
-
-@pytest.mark.parametrize(
-    ('horizon', 'prefix', 'reason'),
-    [(50, 968, None), (64, 968, None), (65, 968, 'horizon up to 64'), (50, 4000, 'shared memory')],
-)
-def test_cluster_kernels_say_which_shapes_they_take(horizon, prefix, reason):
-    misfit = cluster_misfit(Pi05Config.full().expert, horizon, prefix)
-    assert misfit is None if reason is None else reason in misfit
+_TINY = Pi05Config.tiny().expert
 
 
 @pytest.fixture
-def tuned_gpu(tmp_path, monkeypatch):
-    """Return a function that stores a tuning for a GPU and pretends that another one is here."""
+def load(tmp_path, monkeypatch):
+    """Return a function that loads the tuning of a GPU; the package has one of NVIDIA X1."""
     monkeypatch.setattr(chips, '_TUNED_DIR', tmp_path)
     monkeypatch.setattr(chips, '_TUNED_GPUS', {'NVIDIA X1': _CHIP})
+    monkeypatch.setattr(denoise_tuning, 'chip_of', lambda device: _CHIP)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    save_denoise_tuning(tmp_path / 'denoise_nvidia_x1.json', _TINY, 16, _SMALL)
 
-    def store(tuned_on, here):
-        path = denoise_tuning.save_denoise_tuning(
-            tmp_path, tuned_on, Pi05Config.tiny().expert, 16, _SMALL
-        )
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: here)
-        monkeypatch.setattr(denoise_tuning, 'chip_of', lambda device: _CHIP)
-        return path
+    def load(gpu, rows=16):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: gpu)
+        return load_denoise_tuning(torch.device('cuda'), _TINY, rows)
 
-    return store
-
-
-def test_measured_tuning_is_found_again(tuned_gpu):
-    assert tuned_gpu('NVIDIA X1', 'NVIDIA X1').name == 'denoise_nvidia_x1.json'
-    expert, device = Pi05Config.tiny().expert, torch.device('cuda')
-    assert denoise_tuning.load_denoise_tuning(device, expert, 16) == _SMALL
-    assert denoise_tuning.load_denoise_tuning(device, expert, 64) == DenoiseTuning()
+    return load
 
 
-def test_tuning_of_the_same_chip_is_taken_and_the_log_says_whose_it_is(tuned_gpu, caplog):
-    tuned_gpu('NVIDIA X1', 'NVIDIA X1 80GB')
+def test_measured_tuning_is_found_again_for_its_shape_only(load):
+    assert load('NVIDIA X1') == _SMALL
+    assert load('NVIDIA X1', rows=64) == DenoiseTuning()
+
+
+def test_tuning_of_the_same_chip_is_taken_and_the_log_says_whose_it_is(load, caplog):
     with caplog.at_level('INFO'):
-        found = denoise_tuning.load_denoise_tuning(
-            torch.device('cuda'), Pi05Config.tiny().expert, 16
-        )
-    assert found == _SMALL
+        assert load('NVIDIA X1 80GB') == _SMALL
     assert 'tuned on NVIDIA X1, the same chip' in caplog.text
+
+
+def test_the_users_own_tuning_comes_first_where_it_has_the_shape(load, caplog):
+    own = chips.user_path('denoise', 'NVIDIA X1')
+    save_denoise_tuning(own, _TINY, 64, _LARGE)
+    assert (load('NVIDIA X1'), load('NVIDIA X1', rows=64)) == (_SMALL, _LARGE)
+    save_denoise_tuning(own, _TINY, 16, replace(_LARGE, pdl=False))
+    with caplog.at_level('INFO'):
+        assert load('NVIDIA X1') == replace(_LARGE, pdl=False)
+    assert str(own) in caplog.text
+    assert load('NVIDIA X1', rows=64) == _LARGE
+
+
+_WITHOUT_QKV = {name: value for name, value in asdict(_SMALL).items() if name != 'qkv'}
+
+
+@pytest.mark.parametrize(
+    ('entry', 'reason'),
+    [
+        ([], 'the entry must have .* it has '),
+        (_WITHOUT_QKV, 'the entry must have .*qkv'),
+        ({**asdict(_SMALL), 'splits': 3}, 'the entry must have .* it has .*splits'),
+        ({**asdict(_SMALL), 'pdl': 'early'}, "pdl of the entry must be true or false, .*'early'"),
+        ({**asdict(_SMALL), 'merge_warps': 0}, 'merge_warps .* must be 1 to 4096, it is 0'),
+        ({**asdict(_SMALL), 'down': {'columns': 16}}, 'down must have .*depth'),
+        (
+            {**asdict(_SMALL), 'qkv': asdict(GemmTiling(32, 64, splits=0))},
+            'splits of qkv must be 1',
+        ),
+    ],
+)
+def test_a_broken_tuning_is_refused_with_its_file_and_the_reason(load, entry, reason):
+    own = chips.user_path('denoise', 'NVIDIA X1')
+    own.parent.mkdir(parents=True)
+    own.write_text(json.dumps({denoise_tuning.shape_key(_TINY, 16): entry}))
+    with pytest.raises(BackendError, match=f'{own}: not a tuning file .{reason}'):
+        load('NVIDIA X1')
+
+
+@pytest.mark.parametrize('gpu', ['NVIDIA H100 80GB HBM3', 'NVIDIA H200', 'NVIDIA GH200 480GB'])
+def test_every_gh100_has_the_measured_tuning_of_the_released_model(
+    monkeypatch, tmp_path, caplog, gpu
+):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: gpu)
+    monkeypatch.setattr(denoise_tuning, 'chip_of', lambda device: Chip((9, 0), 132))
+    with caplog.at_level('INFO'):
+        found = load_denoise_tuning(torch.device('cuda'), Pi05Config.full().expert, 64)
+    assert ('tuned on NVIDIA H100 80GB HBM3, the same chip' in caplog.text) == ('H100' not in gpu)
+    assert found.pdl and found.prefetch and not found.prefetch_later
+    assert found.qkv == GemmTiling(columns=32, depth=256, splits=1, warps=4, stages=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,19 +12,16 @@ from triton.runtime.errors import OutOfResources
 from pi05_ros.engine import denoise_tuner
 from pi05_ros.engine.denoise_tuner import CANDIDATES, STARTS, programs, tune
 from pi05_ros.engine.denoise_tuning import DenoiseTuning
-from pi05_ros.engine.pipeline import BackendError
 
 
 class FakeStage:
     """Takes tunings as a stage does, without kernels."""
 
-    backend = 'triton'
-
     def __init__(self) -> None:
         self.use_tuning(DenoiseTuning())
 
     def use_tuning(self, tuning: DenoiseTuning) -> None:
-        self.tuning = tuning
+        self.layer = SimpleNamespace(tuning=tuning)
         wrong = tuning.gate_up.depth == 256
         self.actions = torch.full((3, 2), float('nan')) if wrong else torch.ones(3, 2)
 
@@ -33,28 +31,29 @@ class FakeStage:
 
 @pytest.fixture
 def stage(monkeypatch):
-    """A stage that is faster with a late start, wide tiles and deep blocks.
+    """A stage that is faster without prefetch, with wide tiles and deep blocks.
 
     Six stages of the down projection do not fit, and the deepest gate/up gives no numbers.
     """
 
     def time_run_us(stage, num_steps):
-        tuning = stage.tuning
+        tuning = stage.layer.tuning
         if tuning.down.stages == 6:
             raise OutOfResources(300_000, 232_448, 'shared memory')
-        faster = 20 * (tuning.pdl == 'late') + tuning.qkv.columns + tuning.gate_up.depth
+        faster = (
+            20 * (tuning.pdl and not tuning.prefetch) + tuning.qkv.columns + tuning.gate_up.depth
+        )
         return num_steps * (900 - faster)
 
     monkeypatch.setattr(denoise_tuner, 'time_run_us', time_run_us)
-    monkeypatch.setattr(denoise_tuner, 'tuning_of', lambda stage: stage.tuning)
     return FakeStage()
 
 
 def test_the_fastest_right_choices_are_kept_and_what_does_not_fit_is_reported(stage):
     tried = []
     best = tune(stage, lambda change, outcome: tried.append((change, outcome)))
-    assert best == stage.tuning
-    assert (best.pdl, best.qkv.columns) == ('late', 64)
+    assert best == stage.layer.tuning
+    assert (best.pdl, best.prefetch, best.qkv.columns) == (True, False, 64)
     assert best.down == DenoiseTuning().down
     unfit = {outcome.split(':')[0] for _, outcome in tried if isinstance(outcome, str)}
     assert unfit == {'OutOfResources', 'wrong actions'}
@@ -71,10 +70,5 @@ def test_nothing_is_tried_after_the_deadline(stage):
 
 def test_every_candidate_is_compiled_beforehand_for_every_start_with_overlap():
     base, found = DenoiseTuning(), programs(DenoiseTuning())
-    starts = [start for start in STARTS if start['pdl'] != 'off']
+    starts = [start for start in STARTS if start['pdl']]
     assert all(replace(base, **s, **change) in found for s in starts for change in CANDIDATES)
-
-
-def test_only_the_triton_kernels_have_block_sizes():
-    with pytest.raises(BackendError, match='only the Triton kernels have block sizes'):
-        denoise_tuner.tuning_of(type('Stage', (), {'layer': None, 'backend': 'cuda-clusters'})())

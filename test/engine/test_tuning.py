@@ -31,11 +31,11 @@ def test_a_gpu_that_nobody_tuned_has_safe_defaults(cache):
 
 def test_what_was_saved_is_loaded(cache):
     saved = TunedChoices(GPU, 13, {'a': '00ff' * 32}, {'k': {'warps': 8}})
-    saved.save(tuning.user_path(GPU))
+    saved.save(chips.user_path('prefix', GPU))
     found = tuning.load_choices(GPU, CHIP)
     assert found.algorithm('a', 13) == '00ff' * 32
     assert found.kernel('k', {'warps': 4, 'stages': 2}) == {'warps': 8, 'stages': 2}
-    assert str(tuning.user_path(GPU)) in found.source
+    assert str(chips.user_path('prefix', GPU)) in found.source
 
 
 def test_an_algorithm_of_another_library_version_is_ignored():
@@ -53,7 +53,7 @@ def test_the_users_own_file_overrides_the_shipped_one():
 
 
 def test_a_file_of_another_gpu_is_refused(cache):
-    TunedChoices('Other GPU', 13).save(tuning.user_path(GPU))
+    TunedChoices('Other GPU', 13).save(chips.user_path('prefix', GPU))
     with pytest.raises(BackendError, match='made for Other GPU in format 1, expected NVIDIA Test'):
         tuning.load_choices(GPU, CHIP)
 
@@ -77,10 +77,10 @@ def test_the_users_own_tuning_wins_over_that_of_the_same_chip(cache):
     shipped = tuning.load_choices(gpu, GH100)
     key = next(iter(shipped.algorithms))
     own = TunedChoices(gpu, shipped.cublaslt_version, {key: '00ff' * 32})
-    own.save(tuning.user_path(gpu))
+    own.save(chips.user_path('prefix', gpu))
     found = tuning.load_choices(gpu, GH100)
     assert found.algorithms == {**shipped.algorithms, key: '00ff' * 32}
-    assert found.source.endswith(str(tuning.user_path(gpu)))
+    assert found.source.endswith(str(chips.user_path('prefix', gpu)))
 
 
 def test_a_gpus_own_shipped_file_comes_before_that_of_the_same_chip(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_gpus_own_shipped_file_comes_before_that_of_the_same_chip(tmp_path, mo
 
 @pytest.mark.parametrize('content', ['{', '[]', '{"format": 1}'], ids=['cut', 'list', 'empty'])
 def test_a_broken_file_is_refused(cache, content):
-    path = tuning.user_path(GPU)
+    path = chips.user_path('prefix', GPU)
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(BackendError, match='not a tuning file .*; remove it or tune again'):

@@ -13,6 +13,11 @@ from target import ROOT, Target, scratch, written
 
 from pi05_ros.control.parameter_file import settings_from_yaml
 from pi05_ros.control.parameters import ParameterError
+from pi05_ros.engine.denoise_tuning import (
+    DenoiseTuning,
+    read_denoise_tunings,
+    save_denoise_tuning,
+)
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.engine.tuning import TunedChoices, read_choices
 from pi05_ros.policy.errors import RobotError
@@ -55,6 +60,16 @@ def tuning_seeds() -> list[bytes]:
     path = scratch() / 'tuning_seed.json'
     algorithms, kernels = {'1x2x3': '00' * 64}, {'attention': {'BLOCK_M': 64, 'num_warps': 4}}
     TunedChoices(GPU, 120_000, algorithms, kernels).save(path)
+    return [path.read_bytes()]
+
+
+def read_denoise_tuning(data: bytes) -> None:
+    read_denoise_tunings(written('denoise_tuning.json', data))
+
+
+def denoise_tuning_seeds() -> list[bytes]:
+    path = scratch() / 'denoise_tuning_seed.json'
+    save_denoise_tuning(path, SMALL.expert, 16, DenoiseTuning())
     return [path.read_bytes()]
 
 
@@ -137,6 +152,7 @@ TARGETS = {
     'robot': Target(read_robot, (RobotError,), robot_seeds),
     'parameters': Target(read_parameters, (ParameterError, RobotError), parameters_seeds),
     'tuning': Target(read_tuning, (BackendError,), tuning_seeds),
+    'denoise_tuning': Target(read_denoise_tuning, (BackendError,), denoise_tuning_seeds),
     'bag_mcap': Target(read_mcap, (BagError,), mcap_seeds),
     'bag_sqlite': Target(read_sqlite, (BagError,), sqlite_seeds),
     'bag_metadata': Target(read_bag_metadata, (BagError,), bag_metadata_seeds),

@@ -92,9 +92,5 @@ def modulation_table(
 
 
 def table_row(num_steps: int, step: int) -> int:
-    """Return the row of :func:`modulation_table` for one step of a run of ``num_steps``.
-
-    Every run starts at t = 1, so all step counts share the row of their first step: its layers can
-    run before the step count is known, with the same bits.
-    """
-    return num_steps * (num_steps - 1) // 2 + step if step else 0
+    """Return the row of :func:`modulation_table` for one step of a run of ``num_steps``."""
+    return num_steps * (num_steps - 1) // 2 + step

@@ -10,10 +10,8 @@ The order in every kernel is: :func:`let_next_start`, :func:`prefetch_rows` (wei
 previous grid has completed and its writes are visible; that grid waited for its own predecessor,
 so everything older is complete as well.
 
-``PDL`` is a value of :data:`PDL_MODES`. With 'early' a kernel lets the next one start as its first
-act, with 'late' when its own wait is over: then at most two kernels share the multiprocessors. The
-helpers are no-ops with 'off': before compute capability 9.0, and in the interpreter, which knows
-no inline assembly.
+The helpers are no-ops without PDL: before compute capability 9.0, and in the interpreter, which
+knows no inline assembly.
 """
 
 from __future__ import annotations
@@ -27,15 +25,11 @@ from triton.language.extra import cuda as tlc
 
 from pi05_ros.engine.pipeline import BackendError
 
-PDL_MODES = {'off': 0, 'early': 1, 'late': 2}
-_EARLY = tl.constexpr(PDL_MODES['early'])
-_LATE = tl.constexpr(PDL_MODES['late'])
-
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
     """Allow the next kernel of the stream to start; it still waits for this one's results."""
-    if PDL == _EARLY:
+    if PDL:
         tlc.gdc_launch_dependents()
 
 
@@ -44,8 +38,6 @@ def wait_for_previous(PDL: tl.constexpr):
     """Wait until the previous kernel of the stream has completed and its writes are visible."""
     if PDL:
         tlc.gdc_wait()
-        if PDL == _LATE:
-            tlc.gdc_launch_dependents()
 
 
 @triton.jit

@@ -50,21 +50,6 @@ def _product(
 
 
 @triton.jit
-def _whole_depth(w_ptrs, k0, DEPTH: tl.constexpr):
-    """Return (DEPTH, BN) of w: all that a program needs of it, for the load before the wait."""
-    return tl.load(w_ptrs[None, :] + (k0 + tl.arange(0, DEPTH))[:, None])
-
-
-@triton.jit
-def _product_with(
-    w, a_ptr, rows, row_mask, k0, STRIDE: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Return a[rows, k0 : k0 + DEPTH] @ w, (BM, BN) float32."""
-    a_ptrs = a_ptr + rows[:, None] * STRIDE + (k0 + tl.arange(0, DEPTH))[None, :]
-    return tl.dot(tl.load(a_ptrs, mask=row_mask[:, None], other=0.0), w, input_precision='ieee')
-
-
-@triton.jit
 def qkv_rope_kernel(
     scaled_ptr,  # (M, K) x * (1 + scale)
     ssq_ptr,  # (M, PARTS) f32
@@ -89,11 +74,8 @@ def qkv_rope_kernel(
     w_rows = head * D + col0 + column // 2 + (column % 2) * (D // 2)
     first_ptr = w_ptr + (head * D + col0) * K
     let_next_start(PDL)
-    if BK == K:
-        w = _whole_depth(w_ptr + w_rows * K, 0, K)
-    else:
-        prefetch_rows(first_ptr, 1, HALF * K, 0, WARPS, PREFETCH)
-        prefetch_rows(first_ptr + (D // 2) * K, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(first_ptr, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(first_ptr + (D // 2) * K, 1, HALF * K, 0, WARPS, PREFETCH)
     shift = tl.load(shift_ptr + w_rows)
     cols = col0 + tl.arange(0, HALF)
     table = (tl.load(start_ptr) + rows)[:, None] * (D // 2) + cols[None, :]
@@ -102,10 +84,7 @@ def qkv_rope_kernel(
     wait_for_previous(PDL)
 
     rstd = inverse_rms(ssq_ptr, rows, row_mask, PARTS, PARTS_POW2, K, EPS)
-    if BK == K:
-        acc = _product_with(w, scaled_ptr, rows, row_mask, 0, K, K)
-    else:
-        acc = _product(scaled_ptr, w_ptr + w_rows * K, rows, row_mask, 0, K, K, BM, BN, BK)
+    acc = _product(scaled_ptr, w_ptr + w_rows * K, rows, row_mask, 0, K, K, BM, BN, BK)
     dtype = out_ptr.dtype.element_ty
     y = (acc * rstd[:, None] + shift[None, :]).to(dtype).to(tl.float32)
     first, second = tl.split(tl.reshape(y, (BM, HALF, 2)))
@@ -139,19 +118,13 @@ def gate_up_kernel(
     column = tl.arange(0, BN)
     w_rows = col0 + column // 2 + (column % 2) * N
     let_next_start(PDL)
-    if BK == K:
-        w = _whole_depth(w_ptr + w_rows * K, 0, K)
-    else:
-        prefetch_rows(w_ptr + col0 * K, 1, HALF * K, 0, WARPS, PREFETCH)
-        prefetch_rows(w_ptr + (N + col0) * K, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(w_ptr + col0 * K, 1, HALF * K, 0, WARPS, PREFETCH)
+    prefetch_rows(w_ptr + (N + col0) * K, 1, HALF * K, 0, WARPS, PREFETCH)
     shift = tl.load(shift_ptr + w_rows)
     wait_for_previous(PDL)
 
     rstd = inverse_rms(ssq_ptr, rows, row_mask, PARTS, PARTS_POW2, K, EPS)
-    if BK == K:
-        acc = _product_with(w, scaled_ptr, rows, row_mask, 0, K, K)
-    else:
-        acc = _product(scaled_ptr, w_ptr + w_rows * K, rows, row_mask, 0, K, K, BM, BN, BK)
+    acc = _product(scaled_ptr, w_ptr + w_rows * K, rows, row_mask, 0, K, K, BM, BN, BK)
     dtype = out_ptr.dtype.element_ty
     y = (acc * rstd[:, None] + shift[None, :]).to(dtype).to(tl.float32)
     gate, up = tl.split(tl.reshape(y, (BM, HALF, 2)))
@@ -210,20 +183,14 @@ def gated_residual_kernel(
     row_mask = rows < M
     let_next_start(PDL)
     k0 = split * depth
-    if depth == BK:
-        w = _whole_depth(w_ptr + cols * K, k0, depth)
-    else:
-        prefetch_rows(w_ptr + tile_n * BN * K + k0, BN, depth, K, WARPS, PREFETCH)
+    prefetch_rows(w_ptr + tile_n * BN * K + k0, BN, depth, K, WARPS, PREFETCH)
     gate = tl.load(gate_ptr + cols).to(x_ptr.dtype.element_ty).to(tl.float32)
     scale = tl.load(scale_ptr + cols) + 1.0
     wait_for_previous(PDL)
 
     x_ptrs = x_ptr + rows[:, None] * N + cols[None, :]
     x = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
-    if depth == BK:
-        acc = _product_with(w, a_ptr, rows, row_mask, k0, K, depth)
-    else:
-        acc = _product(a_ptr, w_ptr + cols * K, rows, row_mask, k0, K, depth, BM, BN, BK)
+    acc = _product(a_ptr, w_ptr + cols * K, rows, row_mask, k0, K, depth, BM, BN, BK)
     if SPLITS == 1:
         _add_gated(
             acc, x, gate, scale, x_ptr, scaled_ptr, ssq_ptr, rows, row_mask, cols, tile_n, N, PARTS

@@ -1,8 +1,4 @@
-"""Every kernel of an expert layer alone, against its plain twin.
-
-The Triton kernels run everywhere (float32 in the interpreter); the cluster kernels need a GPU with
-thread block clusters and are made for the released expert's sizes.
-"""
+"""Every kernel of an expert layer alone, against its plain twin; float32 in the interpreter."""
 
 from __future__ import annotations
 
@@ -11,12 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from pi05_ros.engine.denoise_layers import ClusterLayer, LayerBuffers, TritonLayer
+from pi05_ros.engine.denoise_layers import ExpertLayer, LayerBuffers
 from pi05_ros.engine.denoise_tuning import AttentionTiling, DenoiseTuning, GemmTiling
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import SCALE
-from pi05_ros.engine.kernels.launch import has_pdl
 from pi05_ros.model.config import GemmaConfig, Pi05Config
 
 _CUDA = torch.cuda.is_available()
@@ -26,18 +21,11 @@ _RAGGED = DenoiseTuning(
     qkv=GemmTiling(columns=32, depth=32),
     attention=AttentionTiling(rows=32, keys=32, splits=3, warps=4),
     attention_out=GemmTiling(columns=32, depth=64, splits=4),
-    gate_up=GemmTiling(columns=64, depth=64),
+    gate_up=GemmTiling(columns=64, depth=32),
     down=GemmTiling(columns=16, depth=16, splits=2),
 )
 _WHOLE = replace(
     _RAGGED, attention_out=GemmTiling(columns=64, depth=32), down=GemmTiling(columns=64, depth=64)
-)
-_NO_LOOP = replace(
-    _RAGGED,
-    qkv=GemmTiling(columns=32, depth=64),
-    attention_out=GemmTiling(columns=32, depth=64, splits=2),
-    gate_up=GemmTiling(columns=32, depth=64),
-    down=GemmTiling(columns=32, depth=128),
 )
 
 
@@ -45,7 +33,7 @@ _NO_LOOP = replace(
 class Case:
     """One layer with random weights, and the inputs of its kernels."""
 
-    layer: TritonLayer | ClusterLayer
+    layer: ExpertLayer
     buffers: LayerBuffers
     weights: ExpertWeights
     expert: GemmaConfig
@@ -69,14 +57,11 @@ class Case:
         return self.buffers.x.clone()
 
     def _ssq_buffers(self) -> list[torch.Tensor]:
-        return [self.layer.ssq, getattr(self.layer, '_ssq_attention', self.layer.ssq)]
+        return [self.layer.ssq, self.layer._ssq_attention]
 
 
-def _case(kind: str, horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED) -> Case:
-    if kind == 'cuda-clusters' and not has_pdl(_DEVICE):
-        pytest.skip('needs a GPU with thread block clusters')
-    config = Pi05Config.full() if kind == 'cuda-clusters' else Pi05Config.tiny()
-    expert = replace(config.expert, depth=1)
+def _case(horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED) -> Case:
+    expert = replace(Pi05Config.tiny().expert, depth=1)
     dtype = torch.bfloat16 if _CUDA else torch.float32
     generator = torch.Generator().manual_seed(11)
 
@@ -105,11 +90,7 @@ def _case(kind: str, horizon: int, prefix: int, tuning: DenoiseTuning = _RAGGED)
         **dict.fromkeys(('action_in', 'action_in_bias', 'action_out', 'action_out_bias'), draw(1)),
         modulations=draw(1, 3, 3, width, of=torch.float32),
     )
-    layer: TritonLayer | ClusterLayer
-    if kind == 'triton':
-        layer = TritonLayer(buffers, weights, expert, tuning)
-    else:
-        layer = ClusterLayer(buffers, weights, expert)
+    layer = ExpertLayer(buffers, weights, expert, tuning)
     return Case(layer, buffers, weights, expert, prefix)
 
 
@@ -120,20 +101,12 @@ def _assert_close(kernel: torch.Tensor, twin: torch.Tensor) -> None:
     assert error < limit, f'relative error {error:.2e}'
 
 
-KINDS = pytest.mark.parametrize('kind', ['triton', 'cuda-clusters'])
 HORIZONS = pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [3, 17])
 
 
-LOOPS = pytest.mark.parametrize(
-    'tuning', [replace(_RAGGED, gate_up=GemmTiling(64, 32)), _NO_LOOP], ids=['loop', 'no-loop']
-)
-
-
-@KINDS
 @HORIZONS
-@LOOPS
-def test_qkv_rope_matches_its_twin(kind, horizon, tuning):
-    case = _case(kind, horizon, 33, tuning)
+def test_qkv_rope_matches_its_twin(horizon):
+    case = _case(horizon, 33)
     x = case.set_residual(norm=0)
     case.buffers.qkv.fill_(float('nan'))
     case.layer.launch_qkv(0, 0)
@@ -144,31 +117,30 @@ def test_qkv_rope_matches_its_twin(kind, horizon, tuning):
     _assert_close(case.buffers.qkv, expected)
 
 
-@KINDS
 @pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [5])
 @pytest.mark.parametrize('prefix', [1, 32, 45])
-@pytest.mark.parametrize('splits', [3, 0], ids=['loop', 'once'])
-def test_attention_matches_its_twin(kind, horizon, prefix, splits):
+@pytest.mark.parametrize(
+    ('splits', 'later'), [(3, False), (0, False)] + ([(3, True), (0, True)] if _CUDA else [])
+)
+def test_attention_matches_its_twin(horizon, prefix, splits, later):
     """Few prefix keys leave ranges without any key; rows beyond the prefix are not numbers."""
-    tuning = replace(_RAGGED, attention=AttentionTiling(rows=32, keys=32, splits=splits))
-    case = _case(kind, horizon, prefix, tuning)
+    attention = AttentionTiling(rows=32, keys=32, splits=splits)
+    tuning = replace(_RAGGED, attention=attention, prefetch_later=later)
+    case = _case(horizon, prefix, tuning)
     case.buffers.keys[:, prefix:] = float('nan')
     case.buffers.values[:, prefix:] = float('nan')
     case.buffers.attended.fill_(float('nan'))
     case.layer.launch_attend(0, 0)
-    if isinstance(case.layer, TritonLayer):
-        case.layer.launch_merge()
+    case.layer.launch_merge()
     expected = split_attention.attention_reference(
         case.buffers.qkv, case.buffers.keys[0, :prefix], case.buffers.values[0, :prefix]
     )
     _assert_close(case.buffers.attended, expected)
 
 
-@KINDS
 @HORIZONS
-@LOOPS
-def test_gate_up_matches_its_twin(kind, horizon, tuning):
-    case = _case(kind, horizon, 1, tuning)
+def test_gate_up_matches_its_twin(horizon):
+    case = _case(horizon, 1)
     x = case.set_residual(norm=1)
     case.buffers.activated.fill_(float('nan'))
     case.layer.launch_gate_up(0, 0)
@@ -178,11 +150,10 @@ def test_gate_up_matches_its_twin(kind, horizon, tuning):
     _assert_close(case.buffers.activated, expected)
 
 
-@KINDS
 @HORIZONS
-@pytest.mark.parametrize('tuning', [_RAGGED, _WHOLE, _NO_LOOP], ids=['split', 'whole', 'no-loop'])
-def test_gated_residuals_match_their_twin_and_leave_what_a_norm_needs(kind, horizon, tuning):
-    case = _case(kind, horizon, prefix=1, tuning=tuning)
+@pytest.mark.parametrize('tuning', [_RAGGED, _WHOLE], ids=['split', 'whole'])
+def test_gated_residuals_match_their_twin_and_leave_what_a_norm_needs(horizon, tuning):
+    case = _case(horizon, prefix=1, tuning=tuning)
     modulations = case.weights.modulations[0]
     for norm, launch, source, weight, ssq in (
         (0, case.layer.launch_attention_out, 'attended', 'attention_out', -1),
@@ -194,9 +165,8 @@ def test_gated_residuals_match_their_twin_and_leave_what_a_norm_needs(kind, hori
             x, getattr(case.buffers, source), getattr(case.weights, weight)[0], modulations[norm]
         )
         _assert_close(case.buffers.x, expected)
-        if isinstance(case.layer, TritonLayer):
-            scale = 1 + modulations[norm + 1, SCALE]
-            _assert_close(case.buffers.scaled, (case.buffers.x * scale).to(x.dtype))
+        scale = 1 + modulations[norm + 1, SCALE]
+        _assert_close(case.buffers.scaled, (case.buffers.x * scale).to(x.dtype))
         squares = case._ssq_buffers()[ssq].sum(-1)
         torch.testing.assert_close(
             squares, case.buffers.x.float().pow(2).sum(-1), rtol=1e-4, atol=1e-4
