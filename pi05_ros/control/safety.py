@@ -32,7 +32,7 @@ class _Sent:
     """The newest action that passed: first row and measured joints, (D,) float64, and its tick."""
 
     row: np.ndarray
-    measured: np.ndarray
+    measured: np.ndarray  # NaN where there is no such joint
     now_ns: int
 
 
@@ -59,7 +59,9 @@ class ActionGuard:
         self._high = _inwards([np.inf if dim.max is None else dim.max for dim in dims], -np.inf)
         self._max_jump = np.array([dim.jump_limit for dim in dims])
         self._max_rate = np.array([dim.rate_limit for dim in dims])
-        self._measured = [(i, robot.measured_index(dim)) for i, dim in enumerate(dims)]
+        indices = [robot.measured_index(dim) for dim in dims]
+        self._columns = [column for column, index in enumerate(indices) if index is not None]
+        self._indices = [index for index in indices if index is not None]
         self._last: _Sent | None = None
         self.clips: Counter[str] = Counter()
 
@@ -83,9 +85,10 @@ class ActionGuard:
             now_ns: time of the tick, in nanoseconds of the ROS clock.
             period_ns: two ticks closer to each other count as this far apart.
         """
-        finite = np.isfinite(chunk.actions).all(axis=0)
+        finite = np.isfinite(chunk.actions)
         if not finite.all():
-            names = ', '.join(chunk.names[column] for column in np.flatnonzero(~finite))
+            columns = np.flatnonzero(~finite.all(axis=0))
+            names = ', '.join(chunk.names[column] for column in columns)
             return Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
         sent = chunk.actions[: self._sent_rows]
         actions = self.clip(sent)
@@ -102,26 +105,24 @@ class ActionGuard:
 
     def _measured_of(self, state: np.ndarray) -> np.ndarray:
         """Return the measured position of each action's joint, NaN where there is none."""
-        indices = ((column, index) for column, index in self._measured if index is not None)
         measured = np.full(len(self._dims), np.nan)
-        for column, index in indices:
-            measured[column] = state[index]
+        measured[self._columns] = state[self._indices]
         return measured
 
     def _jump(self, now: _Sent) -> Skip | None:
-        jump = np.nan_to_num(np.abs(now.row - now.measured))
+        jump = np.abs(now.row - now.measured)
         return self._refuse(
             Reason.ACTION_JUMP, jump, self._max_jump, '', 'from the measured position'
         )
 
     def _rate(self, rows: np.ndarray, step_s: float, now: _Sent, period_ns: int) -> Skip | None:
-        rate = np.abs(np.diff(rows, axis=0)).max(axis=0, initial=0.0) / step_s
+        rate = np.abs(rows[1:] - rows[:-1]).max(axis=0, initial=0.0) / step_s
         reason, limits = Reason.ACTION_TOO_FAST, self._max_rate
         skip = self._refuse(reason, rate, limits, '/s', 'between two rows')
         last = self._last
         if skip is None and last is not None:
             elapsed_s = max(now.now_ns - last.now_ns, period_ns) / NS_PER_S
-            followed = np.nan_to_num(np.abs(now.measured - last.measured))
+            followed = np.fmax(np.abs(now.measured - last.measured), 0.0)  # 0 for NaN
             rate = np.maximum(np.abs(now.row - last.row) - followed, 0.0) / elapsed_s
             skip = self._refuse(reason, rate, limits, '/s', 'since the action before')
         return skip
@@ -129,11 +130,13 @@ class ActionGuard:
     def _refuse(
         self, reason: Reason, found: np.ndarray, limits: np.ndarray, per: str, where: str
     ) -> Skip | None:
-        """Name every dimension above its limit, the worst first."""
-        above = np.flatnonzero(found > limits * (1.0 + _TOLERANCE))
-        if not len(above):
+        """Name every dimension above its limit, the worst first; NaN is above none."""
+        above = found > limits * (1.0 + _TOLERANCE)
+        if not above.any():
             return None
-        worst_first = sorted(above, key=lambda column: -found[column] / limits[column])
+        worst_first = sorted(
+            np.flatnonzero(above), key=lambda column: -found[column] / limits[column]
+        )
         faults = []
         for column in worst_first:
             dim, unit = self._dims[column], f'{self._dims[column].unit}{per}'
