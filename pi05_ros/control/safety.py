@@ -36,6 +36,14 @@ class _Sent:
     now_ns: int
 
 
+class _Limits:
+    """One limit per action dimension, (D,) float64, and where it begins to count."""
+
+    def __init__(self, limits: list[float]) -> None:
+        self.exact = np.array(limits)
+        self.tolerated = self.exact * (1.0 + _TOLERANCE)
+
+
 class ActionGuard:
     """Lets a chunk pass, clips it to the position limits, or refuses it as a whole.
 
@@ -57,8 +65,8 @@ class ActionGuard:
         self._sent_rows = rows or None
         self._low = _inwards([-np.inf if dim.min is None else dim.min for dim in dims], np.inf)
         self._high = _inwards([np.inf if dim.max is None else dim.max for dim in dims], -np.inf)
-        self._max_jump = np.array([dim.jump_limit for dim in dims])
-        self._max_rate = np.array([dim.rate_limit for dim in dims])
+        self._jump_limits = _Limits([dim.jump_limit for dim in dims])
+        self._rate_limits = _Limits([dim.rate_limit for dim in dims])
         indices = [robot.measured_index(dim) for dim in dims]
         self._columns = [column for column, index in enumerate(indices) if index is not None]
         self._indices = [index for index in indices if index is not None]
@@ -90,7 +98,7 @@ class ActionGuard:
             columns = np.flatnonzero(~finite.all(axis=0))
             names = ', '.join(chunk.names[column] for column in columns)
             return Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
-        sent = chunk.actions[: self._sent_rows]
+        sent = chunk.actions if self._sent_rows is None else chunk.actions[: self._sent_rows]
         actions = self.clip(sent)
         rows = actions.astype(np.float64)
         now = _Sent(rows[0], self._measured_of(state), now_ns)
@@ -101,7 +109,7 @@ class ActionGuard:
         if actions is not sent:
             clipped = np.flatnonzero((actions != sent).any(axis=0))
             self.clips.update(chunk.names[column] for column in clipped)
-        return replace(chunk, actions=actions)
+        return chunk if actions is chunk.actions else replace(chunk, actions=actions)
 
     def _measured_of(self, state: np.ndarray) -> np.ndarray:
         """Return the measured position of each action's joint, NaN where there is none."""
@@ -112,12 +120,12 @@ class ActionGuard:
     def _jump(self, now: _Sent) -> Skip | None:
         jump = np.abs(now.row - now.measured)
         return self._refuse(
-            Reason.ACTION_JUMP, jump, self._max_jump, '', 'from the measured position'
+            Reason.ACTION_JUMP, jump, self._jump_limits, '', 'from the measured position'
         )
 
     def _rate(self, rows: np.ndarray, step_s: float, now: _Sent, period_ns: int) -> Skip | None:
         rate = np.abs(rows[1:] - rows[:-1]).max(axis=0, initial=0.0) / step_s
-        reason, limits = Reason.ACTION_TOO_FAST, self._max_rate
+        reason, limits = Reason.ACTION_TOO_FAST, self._rate_limits
         skip = self._refuse(reason, rate, limits, '/s', 'between two rows')
         last = self._last
         if skip is None and last is not None:
@@ -128,19 +136,21 @@ class ActionGuard:
         return skip
 
     def _refuse(
-        self, reason: Reason, found: np.ndarray, limits: np.ndarray, per: str, where: str
+        self, reason: Reason, found: np.ndarray, limits: _Limits, per: str, where: str
     ) -> Skip | None:
         """Name every dimension above its limit, the worst first; NaN is above none."""
-        above = found > limits * (1.0 + _TOLERANCE)
+        above = found > limits.tolerated
         if not above.any():
             return None
         worst_first = sorted(
-            np.flatnonzero(above), key=lambda column: -found[column] / limits[column]
+            np.flatnonzero(above), key=lambda column: -found[column] / limits.exact[column]
         )
         faults = []
         for column in worst_first:
             dim, unit = self._dims[column], f'{self._dims[column].unit}{per}'
-            faults.append(f'{dim.name} {found[column]:.3g} {unit} > {limits[column]:g} {unit}')
+            faults.append(
+                f'{dim.name} {found[column]:.3g} {unit} > {limits.exact[column]:g} {unit}'
+            )
         return Skip(reason, '', f'{where}: {", ".join(faults)}')
 
 
