@@ -152,8 +152,10 @@ class PolicyNode(ManagedNode):
         self._log_change(result.skip)
         if result.error is not None:
             self.fail(self._device_watch.explain(result.error))
-        elif core.health != health:
+            return
+        if core.health != health:
             self._diagnostics.publish()
+        self._diagnostics.tick_ended(session.settings.period_ns / 1e9)
 
     def _latch(self, estopped: bool) -> bool:
         """Latch or release the emergency stop, in every state of the node, from any thread."""

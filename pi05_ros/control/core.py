@@ -38,6 +38,9 @@ class PolicyLike(Protocol):
     ) -> ActionChunk:
         """Return the actions for one observation; raise Pi05Error to refuse this one only."""
 
+    def prepare(self, *, tick: int, seed: int) -> None:
+        """Do what a call with this tick and seed needs and no observation has a part in."""
+
 
 @dataclass(frozen=True)
 class TickResult:
@@ -183,6 +186,10 @@ class ControlCore:
         )
         self._record(result)
         return result
+
+    def prepare(self) -> None:
+        """Have the policy prepare the next tick; to be called between two."""
+        self.policy.prepare(tick=self._next_tick, seed=self.settings.seed)
 
     @property
     def health(self) -> int:

@@ -5,13 +5,17 @@ Read-only queries of the driver; a figure that a GPU or driver does not give is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from .status import OK, UNKNOWN, WARN, Status
 
 MIB = 1 << 20
+# Longer than a driver takes under load; then it hangs, and old figures would be a lie.
+_PATIENCE_S = 5.0
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons, as nvml.h names them.
 THROTTLE_REASONS = {
     0x001: 'gpu_idle',
@@ -97,6 +101,8 @@ def gpu_status(device: str, reading: GpuReading | str) -> Status:
 class GpuMonitor:
     """Reads the GPU of a device through NVML; makes nothing up where it cannot.
 
+    A thread asks the driver, which can take longer than there is time between two ticks.
+
     Args:
         device: what the model runs on. For a CPU, NVML is not even loaded.
     """
@@ -106,25 +112,38 @@ class GpuMonitor:
         self._nvml: Any = None
         self._handle: Any = None
         self._fault = ''
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix='gpu')
+        self._asked: Future[GpuReading] | None = None
+        self._asked_s = 0.0
         if device.startswith('cuda'):
             self._open(uuid_of(device))
+        self._latest: GpuReading | str = self._fault or 'not a GPU'
+        if self._handle is not None:
+            self._latest = self._read()
 
     def status(self) -> Status:
-        """Return the present ``GPU`` status."""
-        return gpu_status(self.device, self.read())
-
-    def read(self) -> GpuReading | str:
-        """Look at the GPU now; a text says why that is not possible."""
+        """Return the ``GPU`` status as of the call before, and ask the driver anew."""
         if self._handle is None:
-            return self._fault or 'not a GPU'
-        return read_gpu(self._nvml, self._handle)
+            return gpu_status(self.device, self._latest)
+        now_s = time.monotonic()
+        if self._asked is not None and self._asked.done():
+            self._latest, self._asked = self._asked.result(), None
+        if self._asked is None:
+            self._asked, self._asked_s = self._thread.submit(self._read), now_s
+        elif now_s - self._asked_s > _PATIENCE_S:
+            self._latest = f'NVML has not answered for {now_s - self._asked_s:.0f} s'
+        return gpu_status(self.device, self._latest)
 
     def close(self) -> None:
         """Let go of NVML; what was opened is counted there."""
+        self._thread.shutdown()
         if self._nvml is not None:
             self._nvml.nvmlShutdown()
         self._nvml = self._handle = None
-        self._fault = 'closed'
+        self._latest = 'closed'
+
+    def _read(self) -> GpuReading:
+        return read_gpu(self._nvml, self._handle)
 
     def _open(self, uuid: str) -> None:
         try:

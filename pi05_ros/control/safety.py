@@ -32,8 +32,16 @@ class _Sent:
     """The newest action that passed: first row and measured joints, (D,) float64, and its tick."""
 
     row: np.ndarray
-    measured: np.ndarray
+    measured: np.ndarray  # NaN where there is no such joint
     now_ns: int
+
+
+class _Limits:
+    """One limit per action dimension, (D,) float64, and where it begins to count."""
+
+    def __init__(self, limits: list[float]) -> None:
+        self.exact = np.array(limits)
+        self.tolerated = self.exact * (1.0 + _TOLERANCE)
 
 
 class ActionGuard:
@@ -57,9 +65,11 @@ class ActionGuard:
         self._sent_rows = rows or None
         self._low = _inwards([-np.inf if dim.min is None else dim.min for dim in dims], np.inf)
         self._high = _inwards([np.inf if dim.max is None else dim.max for dim in dims], -np.inf)
-        self._max_jump = np.array([dim.jump_limit for dim in dims])
-        self._max_rate = np.array([dim.rate_limit for dim in dims])
-        self._measured = [(i, robot.measured_index(dim)) for i, dim in enumerate(dims)]
+        self._jump_limits = _Limits([dim.jump_limit for dim in dims])
+        self._rate_limits = _Limits([dim.rate_limit for dim in dims])
+        indices = [robot.measured_index(dim) for dim in dims]
+        self._columns = [column for column, index in enumerate(indices) if index is not None]
+        self._indices = [index for index in indices if index is not None]
         self._last: _Sent | None = None
         self.clips: Counter[str] = Counter()
 
@@ -83,11 +93,12 @@ class ActionGuard:
             now_ns: time of the tick, in nanoseconds of the ROS clock.
             period_ns: two ticks closer to each other count as this far apart.
         """
-        finite = np.isfinite(chunk.actions).all(axis=0)
+        finite = np.isfinite(chunk.actions)
         if not finite.all():
-            names = ', '.join(chunk.names[column] for column in np.flatnonzero(~finite))
+            columns = np.flatnonzero(~finite.all(axis=0))
+            names = ', '.join(chunk.names[column] for column in columns)
             return Skip(Reason.ACTION_NOT_FINITE, '', f'not finite in the action: {names}')
-        sent = chunk.actions[: self._sent_rows]
+        sent = chunk.actions if self._sent_rows is None else chunk.actions[: self._sent_rows]
         actions = self.clip(sent)
         rows = actions.astype(np.float64)
         now = _Sent(rows[0], self._measured_of(state), now_ns)
@@ -98,46 +109,48 @@ class ActionGuard:
         if actions is not sent:
             clipped = np.flatnonzero((actions != sent).any(axis=0))
             self.clips.update(chunk.names[column] for column in clipped)
-        return replace(chunk, actions=actions)
+        return chunk if actions is chunk.actions else replace(chunk, actions=actions)
 
     def _measured_of(self, state: np.ndarray) -> np.ndarray:
         """Return the measured position of each action's joint, NaN where there is none."""
-        indices = ((column, index) for column, index in self._measured if index is not None)
         measured = np.full(len(self._dims), np.nan)
-        for column, index in indices:
-            measured[column] = state[index]
+        measured[self._columns] = state[self._indices]
         return measured
 
     def _jump(self, now: _Sent) -> Skip | None:
-        jump = np.nan_to_num(np.abs(now.row - now.measured))
+        jump = np.abs(now.row - now.measured)
         return self._refuse(
-            Reason.ACTION_JUMP, jump, self._max_jump, '', 'from the measured position'
+            Reason.ACTION_JUMP, jump, self._jump_limits, '', 'from the measured position'
         )
 
     def _rate(self, rows: np.ndarray, step_s: float, now: _Sent, period_ns: int) -> Skip | None:
-        rate = np.abs(np.diff(rows, axis=0)).max(axis=0, initial=0.0) / step_s
-        reason, limits = Reason.ACTION_TOO_FAST, self._max_rate
+        rate = np.abs(rows[1:] - rows[:-1]).max(axis=0, initial=0.0) / step_s
+        reason, limits = Reason.ACTION_TOO_FAST, self._rate_limits
         skip = self._refuse(reason, rate, limits, '/s', 'between two rows')
         last = self._last
         if skip is None and last is not None:
             elapsed_s = max(now.now_ns - last.now_ns, period_ns) / NS_PER_S
-            followed = np.nan_to_num(np.abs(now.measured - last.measured))
+            followed = np.fmax(np.abs(now.measured - last.measured), 0.0)  # 0 for NaN
             rate = np.maximum(np.abs(now.row - last.row) - followed, 0.0) / elapsed_s
             skip = self._refuse(reason, rate, limits, '/s', 'since the action before')
         return skip
 
     def _refuse(
-        self, reason: Reason, found: np.ndarray, limits: np.ndarray, per: str, where: str
+        self, reason: Reason, found: np.ndarray, limits: _Limits, per: str, where: str
     ) -> Skip | None:
-        """Name every dimension above its limit, the worst first."""
-        above = np.flatnonzero(found > limits * (1.0 + _TOLERANCE))
-        if not len(above):
+        """Name every dimension above its limit, the worst first; NaN is above none."""
+        above = found > limits.tolerated
+        if not above.any():
             return None
-        worst_first = sorted(above, key=lambda column: -found[column] / limits[column])
+        worst_first = sorted(
+            np.flatnonzero(above), key=lambda column: -found[column] / limits.exact[column]
+        )
         faults = []
         for column in worst_first:
             dim, unit = self._dims[column], f'{self._dims[column].unit}{per}'
-            faults.append(f'{dim.name} {found[column]:.3g} {unit} > {limits[column]:g} {unit}')
+            faults.append(
+                f'{dim.name} {found[column]:.3g} {unit} > {limits.exact[column]:g} {unit}'
+            )
         return Skip(reason, '', f'{where}: {", ".join(faults)}')
 
 

@@ -8,7 +8,8 @@ The way of the data, in the order of :meth:`Policy.act`::
     seed, tick -> noise  --------------------------------------------'      |
     actions -> unnormalise -> add the state -> cut, robot transform, scale <'
 
-Nothing is kept from one call to the next.
+Nothing is kept from one call to the next, but for noise that was drawn beforehand: it depends on
+seed and tick alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .noise import noise
 from .robot import RobotSpec
 from .stats import NormStats
 from .tokenizer import PromptTokenizer
-from .transforms import actions_to_robot, state_to_policy
+from .transforms import RobotUnits
 from .types import ActionChunk, Observation
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class Policy:
         self.stats = stats
         self.tokenizer = tokenizer
         self.pipeline = pipeline
+        self._units = RobotUnits(robot)
+        self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
         # Once, here: the hash reads the whole weights file, which must not happen in a tick.
         self.info = self._describe()
 
@@ -130,6 +133,13 @@ class Policy:
             prompt=observation.prompt,
             times=result.times,
         )
+
+    def prepare(self, *, tick: int, seed: int) -> None:
+        """Draw the noise of a later tick, while there is time.
+
+        It is used if the next call is of this seed and tick; any other draws its own.
+        """
+        self._drawn = ((seed, tick), self._draw(seed, tick))
 
     def self_check(self, observation: Observation, min_cosine: float) -> tuple[StageCheck, ...]:
         """Compare every fast stage with the oracle on one real observation.
@@ -180,8 +190,13 @@ class Policy:
         """Return what :meth:`Pipeline.infer` takes: images, tokens (T,), noise (H, A)."""
         images = self._images(observation)
         tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
-        shape, model_dim = self.pipeline.shape, self.pipeline.config.action_dim
-        return images, tokens, noise(seed, tick, shape.horizon, model_dim)
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and drawn[0] == (seed, tick):
+            return images, tokens, drawn[1]
+        return images, tokens, self._draw(seed, tick)
+
+    def _draw(self, seed: int, tick: int) -> np.ndarray:
+        return noise(seed, tick, self.pipeline.shape.horizon, self.pipeline.config.action_dim)
 
     def _images(self, observation: Observation) -> list[np.ndarray]:
         """Return the raw images in the model's view order; absent views are simply not there."""
@@ -214,7 +229,7 @@ class Policy:
             )
         self._check_state(state, state)
         with np.errstate(over='ignore'):  # an overflow is found below, by name
-            values = state_to_policy(self.robot, state)
+            values = self._units.state_to_policy(state)
         self._check_state(values, state)
         return values
 
@@ -228,9 +243,9 @@ class Policy:
         return normalized
 
     def _check_state(self, values: np.ndarray, state: np.ndarray) -> None:
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            i = int(bad[0])
+        finite = np.isfinite(values)
+        if not finite.all():
+            i = int(finite.argmin())
             raise PolicyError(
                 'joint_not_finite',
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
@@ -242,14 +257,14 @@ class Policy:
         self._check_actions(actions)
         unnormalized = self.stats.actions.unnormalize(actions)
         with np.errstate(over='ignore'):
-            result = actions_to_robot(self.robot, unnormalized, state).astype(np.float32)
+            result = self._units.actions_to_robot(unnormalized, state).astype(np.float32)
         self._check_actions(result)
         return result
 
     def _check_actions(self, actions: np.ndarray) -> None:
-        bad = np.argwhere(~np.isfinite(actions))
-        if bad.size:
-            row, column = (int(index) for index in bad[0])
+        finite = np.isfinite(actions)
+        if not finite.all():
+            row, column = divmod(int(finite.argmin()), actions.shape[1])
             names = self.robot.action_names
             name = names[column] if column < len(names) else f'padding dimension {column}'
             raise PolicyError(

@@ -60,7 +60,7 @@ def clean_prompt(prompt: str) -> str:
 
 def state_bins(state: np.ndarray) -> np.ndarray:
     """Return the bin of each normalised state value: (S,) int64 in -1 .. 255, not clipped."""
-    return np.digitize(state, _BIN_EDGES) - 1
+    return _BIN_EDGES.searchsorted(state, side='right') - 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class PromptTokenizer:
         if state is None:
             ids = self._encode(text, add_bos=True) + self._newline()
         else:
-            bins = ' '.join(map(str, state_bins(state)))
+            bins = ' '.join(map(str, state_bins(state).tolist()))
             ids = self._encode(f'Task: {text}, State: {bins};\nAction: ', add_bos=True)
         if len(ids) > self.max_tokens:
             raise PromptError(

@@ -65,43 +65,51 @@ class Normalizer:
         return result
 
 
-def absolute_actions(
-    actions: np.ndarray, state: np.ndarray, delta_mask: Sequence[bool]
-) -> np.ndarray:
+def absolute_actions(actions: np.ndarray, state: np.ndarray, deltas: np.ndarray) -> np.ndarray:
     """Add the state to the dimensions that the model gives relative to it, in every row.
 
     Args:
         actions: (H, A) in policy units.
-        state: (S,) of the observation, in policy units; S covers the last True of the mask.
-        delta_mask: (D,) with D <= A; True where the state of the same index is added.
+        state: (S,) of the observation, in policy units; S covers the last index.
+        deltas: indices, below A, of the dimensions to which the state of the same index is added.
     Source: openpi transforms.py, AbsoluteActions (commit 15a9616).
     """
-    deltas = np.flatnonzero(delta_mask)
     result = actions.copy()
     result[:, deltas] += state[deltas]
     return result
 
 
-def state_to_policy(robot: RobotSpec, state: np.ndarray) -> np.ndarray:
-    """Map a state (S,) from robot units to the space of the statistics."""
-    scale, offset = _scale_offset(robot.state)
-    values = state * scale + offset
-    return aloha_state(values) if robot.transform == 'aloha' else values
+class RobotUnits:
+    """The way between a robot's units and the space of the statistics.
 
-
-def actions_to_robot(robot: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Map unnormalised model output (H, A) to robot units (H, D).
-
-    The order is openpi's: add the state, cut the padding, leave ALOHA's space; then units.
-
-    Args:
-        actions: (H, A) float64, unnormalised.
-        state: (S,) as :func:`state_to_policy` gave it.
+    Made once per policy: in a tick, after a wait, every operation comes from cold caches and takes
+    ten times as long as in a loop, so what depends on the robot alone is not computed there.
     """
-    absolute = absolute_actions(actions, state, robot.delta_mask)[:, : robot.action_dim]
-    values = aloha_actions(absolute) if robot.transform == 'aloha' else absolute
-    scale, offset = _scale_offset(robot.actions)
-    return (values - offset) / scale
+
+    def __init__(self, robot: RobotSpec) -> None:
+        self._is_aloha = robot.transform == 'aloha'
+        self._action_dim = robot.action_dim
+        self._deltas = np.flatnonzero(robot.delta_mask)
+        self._state_scale, self._state_offset = _scale_offset(robot.state)
+        self._action_scale, self._action_offset = _scale_offset(robot.actions)
+
+    def state_to_policy(self, state: np.ndarray) -> np.ndarray:
+        """Map a state (S,) from robot units to the space of the statistics."""
+        values = state * self._state_scale + self._state_offset
+        return aloha_state(values) if self._is_aloha else values
+
+    def actions_to_robot(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Map unnormalised model output (H, A) to robot units (H, D).
+
+        The order is openpi's: add the state, cut the padding, leave ALOHA's space; then units.
+
+        Args:
+            actions: (H, A) float64, unnormalised.
+            state: (S,) as :meth:`state_to_policy` gave it.
+        """
+        absolute = absolute_actions(actions, state, self._deltas)[:, : self._action_dim]
+        values = aloha_actions(absolute) if self._is_aloha else absolute
+        return (values - self._action_offset) / self._action_scale
 
 
 def _scale_offset(dims: Sequence[Scaled]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,12 @@
-"""Publishes the statuses on /diagnostics: once a second, and at once when a level changes."""
+"""Publishes the statuses on /diagnostics: once a second, and at once when a level changes.
+
+A round takes about a millisecond, and longer with a GPU that is asked how it is. Just before a
+tick, it would make that tick late; so while ticks come fast, a round waits for the end of one.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -13,6 +18,8 @@ from rclpy.qos import QoSProfile
 from pi05_ros.control.status import Status
 
 PERIOD_S = 1.0
+# Ticks that are further apart than this are not waited for.
+_PATIENCE_S = 0.1
 
 
 class DiagnosticsPublisher:
@@ -31,19 +38,40 @@ class DiagnosticsPublisher:
         self.hardware_id = 'none'
         self._node = node
         self._collect = collect
+        self._is_due = False
+        self._next_tick_s = 0.0  # on the steady clock; the latest time that counts as in time
         self._publisher = node.create_publisher(
             DiagnosticArray, '/diagnostics', QoSProfile(depth=10)
         )
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self._timer = node.create_timer(PERIOD_S, self.publish, clock=steady)
+        self._timer = node.create_timer(PERIOD_S, self._on_timer, clock=steady)
 
     def publish(self) -> None:
         """Send every status now."""
+        self._is_due = False
         message = diagnostics_message(
             self._collect(), self._node.get_fully_qualified_name(), self.hardware_id
         )
         message.header.stamp = self._node.get_clock().now().to_msg()
         self._publisher.publish(message)
+
+    def tick_ended(self, period_s: float) -> None:
+        """Send what waited for the end of a tick.
+
+        Args:
+            period_s: until the next tick.
+        """
+        if self._is_due:
+            self.publish()
+        patience_s = 2.0 * period_s  # a tick may be late
+        self._next_tick_s = time.monotonic() + patience_s if patience_s <= _PATIENCE_S else 0.0
+
+    def _on_timer(self) -> None:
+        # A round that still waits is sent at last: no tick came since, the clock may stand still.
+        if self._is_due or time.monotonic() >= self._next_tick_s:
+            self.publish()
+        else:
+            self._is_due = True
 
 
 def diagnostics_message(

@@ -61,7 +61,7 @@ class _Allocator(ctypes.Structure):
     ]
 
 
-class _SerializedMessage(ctypes.Structure):
+class SerializedMessage(ctypes.Structure):
     """rcutils_uint8_array_t."""
 
     _fields_ = [
@@ -116,7 +116,7 @@ class TakeBuffer:
         self._allocate = allocate
         self._message_bytes = 0
         self._fault: Exception | None = None
-        self._serialized = _SerializedMessage(allocator=_ALLOCATOR)
+        self._serialized = SerializedMessage(allocator=_ALLOCATOR)
         # The callbacks are shared; this tells them whose memory it is. The buffer outlives every
         # call of rcl, as its method makes the call.
         self._serialized.allocator.state = id(self)

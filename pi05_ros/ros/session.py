@@ -227,6 +227,7 @@ class Session:
             )
             running.timing.publish(result.chunk, times)
             self.statistics.record(result.chunk, times.tick_ms, times.sensor_to_action_ms)
+            running.core.prepare()  # after the action is out: it makes no action late
         return result
 
     def statuses(self, is_active: bool, clock_stopped: bool) -> list[status.Status]:

@@ -1,7 +1,7 @@
 """Cameras and joints for ``pi05-ros bench``: a process of its own that publishes on time.
 
-The messages are serialised beforehand and stamped when they are published, so that this process
-adds next to nothing to what is measured.
+The messages are serialised beforehand and stamped in place when they are published, so that this
+process adds next to nothing to what is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from pi05_ros.control.images import NATIVE_ENCODINGS
 from pi05_ros.policy.robot import load_robot
 
-from .playback import with_stamp
+from .direct_publish import StampedMessages
 from .sensors import rest_positions
 from .terminal import positive
 
@@ -68,10 +67,8 @@ def main() -> None:
 class Sensor:
     """One stream: what is published in turn, and how often."""
 
-    publish: Callable[[bytes], None]
-    messages: list[bytes]
+    messages: StampedMessages
     period_s: float
-    published: int = 0
 
 
 def make_sensors(node: Any, args: argparse.Namespace) -> list[Sensor]:
@@ -89,7 +86,7 @@ def make_sensors(node: Any, args: argparse.Namespace) -> list[Sensor]:
     def add(kind: type, topic: str, messages: list[Any], rate_hz: float) -> None:
         publisher = node.create_publisher(kind, f'{args.prefix}/{topic}', qos)
         raw = [serialize_message(message) for message in messages]
-        sensors.append(Sensor(publisher.publish, raw, 1.0 / rate_hz))
+        sensors.append(Sensor(StampedMessages(publisher, raw), 1.0 / rate_hz))
 
     is_compressed = args.transport == 'compressed'
     for seed, camera in enumerate(args.cameras or robot.camera_names):
@@ -130,9 +127,7 @@ def publish_on_time(sensors: list[Sensor], stop: threading.Event) -> None:
         ahead_s = due_s - time.monotonic()
         if ahead_s > 0 and stop.wait(ahead_s):
             return
-        message = sensor.messages[sensor.published % len(sensor.messages)]
-        sensor.publish(with_stamp(message, time.time_ns()))
-        sensor.published += 1
+        sensor.messages.publish(time.time_ns)
         late = max(0, math.floor((time.monotonic() - due_s) / sensor.period_s))
         heapq.heappush(due, (due_s + (1 + late) * sensor.period_s, index))
 

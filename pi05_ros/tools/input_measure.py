@@ -114,6 +114,9 @@ class IdlePolicy:
         self._noise = np.zeros((_HORIZON, config.action_dim), dtype=np.float32)
         self._times = StageTimes(*[0.0] * 7)
 
+    def prepare(self, *, tick: int, seed: int) -> None:
+        """Do nothing: the noise is always the same."""
+
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
     ) -> ActionChunk:

@@ -128,6 +128,11 @@ def with_stamp(raw: bytes, stamp_ns: int) -> bytes:
     return b''.join((raw[: _STAMP_BYTES.start], stamp, raw[_STAMP_BYTES.stop :]))
 
 
+def write_stamp(raw: memoryview, stamp_ns: int) -> None:
+    """Replace the stamp in writable memory; ``stamp_ns`` is one that a header can hold."""
+    _STAMP[raw[1] & 1].pack_into(raw, _STAMP_BYTES.start, *divmod(stamp_ns, _NS_PER_S))
+
+
 def read_ahead(items: Iterator[T], depth: int = READ_AHEAD_MESSAGES) -> Generator[T, None, None]:
     """Yield ``items`` as a thread fetches them, so that decompression does not delay a message.
 

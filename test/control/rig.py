@@ -43,6 +43,10 @@ class ScriptedPolicy:
         self.value = value
         self.seen: list[Observation] = []
         self.calls: list[tuple[int, int, int | None]] = []
+        self.prepared: list[tuple[int, int]] = []
+
+    def prepare(self, *, tick: int, seed: int) -> None:
+        self.prepared.append((tick, seed))
 
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None

@@ -7,6 +7,9 @@ error types and constants.
 from __future__ import annotations
 
 import textwrap
+import threading
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pynvml
@@ -150,6 +153,38 @@ def test_a_query_that_a_gpu_does_not_support_leaves_the_others(monkeypatch):
     values = dict(GpuMonitor('cuda:0').status().values)
     assert values['memory used (MiB)'] == values['power (W)'] == 'n/a'
     assert values['SM clock (MHz)'] == '1980'
+
+
+def until(is_true: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not is_true():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def test_the_driver_is_asked_again_for_every_status(monkeypatch):
+    nvml = nvml_of(BUSY)
+    monkeypatch.setattr(gpu, 'open_nvml', lambda: nvml)
+    monkeypatch.setattr(gpu, 'uuid_of', lambda device: UUID)
+    monitor = GpuMonitor('cuda:0')
+    nvml.nvmlDeviceGetTemperature = lambda handle, sensor: 77
+    until(lambda: dict(monitor.status().values)['temperature (°C)'] == '77')
+    monitor.close()
+
+
+def test_a_driver_that_hangs_holds_nobody_up_and_is_said(monkeypatch):
+    nvml, answered, now_s = nvml_of(BUSY), threading.Event(), 100.0
+    monkeypatch.setattr(gpu, 'open_nvml', lambda: nvml)
+    monkeypatch.setattr(gpu, 'uuid_of', lambda device: UUID)
+    monkeypatch.setattr(gpu, 'time', SimpleNamespace(monotonic=lambda: now_s))
+    monitor = GpuMonitor('cuda:0')
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: answered.wait() and 1000
+    assert monitor.status() == gpu_status('cuda:0', BUSY)
+    now_s += 10.0
+    assert monitor.status().message == 'cuda:0; no figures: NVML has not answered for 10 s'
+    answered.set()
+    until(lambda: dict(monitor.status().values).get('power (W)') == '1')
+    monitor.close()
 
 
 def test_a_gpu_that_nvml_does_not_know_is_said(monkeypatch):

@@ -93,6 +93,22 @@ def test_noise_is_that_of_seed_and_tick(policy: Policy):
     np.testing.assert_array_equal(last_call(policy).noise, noise(7, 41, 4, 32))
 
 
+@pytest.mark.parametrize('tick, seed', [(41, 7), (42, 7), (41, 8)])
+def test_noise_drawn_beforehand_is_used_for_its_seed_and_tick_alone(
+    policy: Policy, tick: int, seed: int
+):
+    policy.prepare(tick=41, seed=7)
+    policy.act(observation(policy), tick=tick, seed=seed)
+    np.testing.assert_array_equal(last_call(policy).noise, noise(seed, tick, 4, 32))
+
+
+def test_a_prepared_call_draws_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    policy.prepare(tick=41, seed=7)
+    monkeypatch.delattr('pi05_ros.policy.policy.noise')
+    policy.act(observation(policy), tick=41, seed=7)
+    np.testing.assert_array_equal(last_call(policy).noise, noise(7, 41, 4, 32))
+
+
 def test_number_of_steps_is_passed_on_and_reported(policy: Policy):
     assert policy.act(observation(policy), tick=0, seed=0).num_steps == 10
     assert last_call(policy).num_steps is None

@@ -13,11 +13,10 @@ from hypothesis.extra.numpy import arrays
 from pi05_ros.policy.robot import load_robot
 from pi05_ros.policy.transforms import (
     Normalizer,
+    RobotUnits,
     absolute_actions,
-    actions_to_robot,
     aloha_actions,
     aloha_state,
-    state_to_policy,
 )
 
 MODES = ('quantile', 'zscore')
@@ -83,14 +82,14 @@ def test_unnormalise_leaves_its_argument_alone():
 def test_state_is_added_to_every_row_where_the_mask_says_so():
     actions = np.arange(8.0).reshape(2, 4)
     state = np.array([100.0, 200.0, 300.0])
-    result = absolute_actions(actions, state, (True, False, True))
+    result = absolute_actions(actions, state, np.array([0, 2]))
     np.testing.assert_array_equal(result, [[100, 1, 302, 3], [104, 5, 306, 7]])
 
 
 @given(arrays(np.float64, (3, 6), elements=st.floats(-10, 10)), vectors(4, 10.0))
 def test_subtracting_the_state_inverts_absolute(actions: np.ndarray, state: np.ndarray):
-    mask = (True, True, False, True)
-    back = absolute_actions(absolute_actions(actions, state, mask), -state, mask)
+    deltas = np.array([0, 1, 3])
+    back = absolute_actions(absolute_actions(actions, state, deltas), -state, deltas)
     np.testing.assert_allclose(back, actions, atol=1e-12)
 
 
@@ -133,8 +132,8 @@ def test_aloha_gripper_action_by_hand(action: float):
 def test_aloha_joints_of_a_zero_delta_come_back(state: np.ndarray):
     """A model that says 'stay' must give the measured joints: both flips and the delta agree."""
     robot = load_robot('aloha')
-    policy_state = state_to_policy(robot, state)
-    actions = actions_to_robot(robot, np.zeros((2, 32)), policy_state)
+    units = RobotUnits(robot)
+    actions = units.actions_to_robot(np.zeros((2, 32)), units.state_to_policy(state))
     joints = [i for i in range(14) if i not in (6, 13)]
     np.testing.assert_allclose(actions[:, joints], np.tile(state[joints], (2, 1)), atol=1e-12)
 
@@ -145,7 +144,8 @@ def test_aloha_adds_the_state_before_the_flip():
     state[1] = 0.4  # the policy sees -0.4
     actions = np.zeros((1, 32))
     actions[0, 1] = 0.1  # policy space: -0.4 + 0.1 = -0.3, on the robot 0.3
-    result = actions_to_robot(robot, actions, state_to_policy(robot, state))
+    units = RobotUnits(robot)
+    result = units.actions_to_robot(actions, units.state_to_policy(state))
     assert result[0, 1] == pytest.approx(0.3)
 
 
@@ -158,7 +158,7 @@ def test_aloha_gripper_at_the_pole_of_its_formula_stays_finite():
 @pytest.mark.parametrize('name, dims', [('libero', 7), ('droid', 8), ('aloha', 14), ('franka', 8)])
 def test_padding_of_the_model_is_cut(name: str, dims: int):
     robot = load_robot(name)
-    actions = actions_to_robot(robot, np.zeros((5, 32)), np.zeros(robot.state_dim))
+    actions = RobotUnits(robot).actions_to_robot(np.zeros((5, 32)), np.zeros(robot.state_dim))
     assert actions.shape == (5, dims)
 
 
@@ -167,7 +167,7 @@ def test_libero_and_droid_actions_are_passed_as_they_are():
     actions = np.arange(64.0).reshape(2, 32)
     for name in ('libero', 'droid'):
         robot = load_robot(name)
-        got = actions_to_robot(robot, actions, np.full(robot.state_dim, 1e3))
+        got = RobotUnits(robot).actions_to_robot(actions, np.full(robot.state_dim, 1e3))
         np.testing.assert_array_equal(got, actions[:, : robot.action_dim])
 
 
@@ -175,10 +175,10 @@ def test_scale_and_offset_map_between_robot_and_policy_units():
     robot = load_robot('template')  # gripper: 0 m shut to 0.08 m open is 1 to 0 for the policy
     state = np.zeros(7)
     state[6] = 0.08
-    policy_state = state_to_policy(robot, state)
+    policy_state = RobotUnits(robot).state_to_policy(state)
     assert policy_state[6] == pytest.approx(0.0)
     actions = np.zeros((1, 32))
     actions[0, 6] = 1.0  # shut
-    assert actions_to_robot(robot, actions, policy_state)[0, 6] == pytest.approx(0.0)
+    assert RobotUnits(robot).actions_to_robot(actions, policy_state)[0, 6] == pytest.approx(0.0)
     actions[0, 6] = 0.0  # open
-    assert actions_to_robot(robot, actions, policy_state)[0, 6] == pytest.approx(0.08)
+    assert RobotUnits(robot).actions_to_robot(actions, policy_state)[0, 6] == pytest.approx(0.08)

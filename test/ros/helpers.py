@@ -67,6 +67,7 @@ class SmallPolicy:
         self.robot = robot
         self.on_act = on_act
         self.seen: list[Observation] = []
+        self.prepared: list[tuple[int, int]] = []
         self.closed = False
         self.info = PolicyInfo(
             checkpoint=TINY,
@@ -87,6 +88,9 @@ class SmallPolicy:
 
     def self_check(self, observation: Observation, min_cosine: float) -> tuple:
         return ()
+
+    def prepare(self, *, tick: int, seed: int) -> None:
+        self.prepared.append((tick, seed))
 
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None

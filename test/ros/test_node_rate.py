@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
-from helpers import bench
+from helpers import SmallPolicy, bench
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
+
+from pi05_ros.policy.robot import load_robot
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
 
@@ -35,3 +37,12 @@ def test_collections_between_ticks_do_not_walk_what_was_loaded():
         assert gc.get_freeze_count() > 0
         assert b.node.trigger_cleanup() == SUCCESS
         assert gc.get_freeze_count() == 0
+
+
+def test_every_action_is_followed_by_the_preparation_of_the_next_tick():
+    policy = SmallPolicy(load_robot('franka'))
+    with bench(policy, {'seed': 7}) as b:
+        b.start()
+        b.until(lambda: len(b.observer.chunks) >= 3)
+        following = [(chunk.tick + 1, 7) for chunk in b.observer.chunks[:3]]
+        assert policy.prepared[:3] == following

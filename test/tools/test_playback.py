@@ -12,6 +12,7 @@ from pi05_ros.tools.playback import (
     read_stamp,
     timeline,
     with_stamp,
+    write_stamp,
 )
 
 S = 1_000_000_000
@@ -35,6 +36,14 @@ def test_restamping_changes_the_stamp_and_no_other_byte(order):
     assert read_stamp(raw) == parse_header(raw).stamp_ns == 1_234_567_890_123
     assert parse_header(moved).stamp_ns == 1_700_000_001_000_000_002
     assert (moved[:4], moved[12:]) == (raw[:4], raw[12:])
+
+
+@pytest.mark.parametrize('order', ['<', '>'], ids=['little_endian', 'big_endian'])
+def test_stamping_in_place_gives_the_bytes_of_restamping(order):
+    raw = header_cdr(1_234_567_890_123, order)
+    memory = bytearray(raw)
+    write_stamp(memoryview(memory), 1_700_000_001_000_000_002)
+    assert bytes(memory) == with_stamp(raw, 1_700_000_001_000_000_002)
 
 
 def test_a_message_without_room_for_a_stamp_counts_as_unstamped():
