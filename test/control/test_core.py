@@ -257,18 +257,6 @@ def test_tick_acts_at_once_if_inputs_of_the_new_time_are_there():
     rig.assert_consistent()
 
 
-def test_the_tick_that_is_prepared_is_the_next_one():
-    rig = Rig()
-    for _ in range(3):
-        rig.fresh_tick()
-        rig.core.prepare()
-    assert rig.policy.prepared[:-1] == [call[:2] for call in rig.policy.calls[1:]]
-    rig.core.start()
-    rig.core.prepare()
-    rig.fresh_tick()
-    assert rig.policy.prepared[-1] == rig.policy.calls[-1][:2]
-
-
 def test_start_counts_from_zero_and_repeats_the_noise():
     rig = Rig(seed=7)
     rig.fresh_tick()

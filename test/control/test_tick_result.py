@@ -1,4 +1,4 @@
-"""What a tick tells of itself beside its actions."""
+"""What a tick tells of itself beside its actions, and of the one after it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def test_skipped_tick_has_no_times():
     assert result.skip is not None
     assert math.isnan(result.transport_ms)
     assert math.isnan(result.wait_ms)
+
+
+def test_the_tick_that_is_prepared_is_the_next_one():
+    rig = Rig()
+    for _ in range(3):
+        rig.fresh_tick()
+        rig.core.prepare()
+    assert rig.policy.prepared[:-1] == [call[:2] for call in rig.policy.calls[1:]]
+    rig.core.start()
+    rig.core.prepare()
+    rig.fresh_tick()
+    assert rig.policy.prepared[-1] == rig.policy.calls[-1][:2]
