@@ -14,7 +14,12 @@ from rclpy.node import Node
 from sensor_msgs.msg import JointState
 
 from pi05_ros.policy.robot import load_robot, robot_names
-from pi05_ros.tools.sensors import SensorsError, SyntheticSensors, refuse_beside_others
+from pi05_ros.tools.sensors import (
+    SensorsError,
+    SyntheticSensors,
+    refuse_beside_others,
+    rest_positions,
+)
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
 
@@ -43,11 +48,7 @@ def test_node_acts_on_the_made_up_sensors_of_every_robot(name):
 
 
 def test_joints_stand_in_the_middle_of_their_limits():
-    made_up = MadeUp('franka')
-    message = JointState()
-    made_up.synthetic._fill_joints(message)
-    position = dict(zip(message.name, message.position, strict=True))
-    made_up.destroy_node()
+    position = dict(zip(*rest_positions(load_robot('franka')), strict=True))
     assert position['panda_joint1'] == 0.0
     assert position['panda_joint4'] == pytest.approx((-3.0718 - 0.0698) / 2)
     assert position['panda_finger_joint1'] == pytest.approx(0.02)
