@@ -39,8 +39,8 @@ _TABLE = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)', re.D
 LEVELS = {
     'Lifecycle': 'WARN: a transition is running, or the clock stands still. '
     'ERROR: the last transition failed.',
-    'Inputs': 'WARN: too old, from the future, cameras apart, or no task. ERROR: missing, '
-    'unusable, its QoS does not match, or two nodes publish one camera.',
+    'Inputs': 'WARN: too old, from the future, cameras apart, no task, or images taken the slow '
+    'way. ERROR: missing, unusable, its QoS does not match, or two nodes publish one camera.',
     'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
     'Action': 'WARN: some ticks of the last second did not act, nobody subscribes to the '
     'commands, or the clock stands still. ERROR: none did.',

@@ -21,6 +21,8 @@ from .window import Window
 OK, WARN, ERROR = 0, 1, 2
 LEVEL_NAMES = ('OK', 'WARN', 'ERROR')
 UNKNOWN = 'n/a'
+# Begins the text on how images are taken where they should be taken directly, but are not.
+SLOW_TAKE = 'rclpy: '
 # Parts that exist only while the node is configured; the last ones need the loaded model.
 MODEL_PARTS = ('Pipeline', 'Action', 'Model', 'GPU')
 CONFIGURED_PARTS = ('Inputs', *MODEL_PARTS)
@@ -110,7 +112,7 @@ def inputs_status(
     Args:
         lost: input -> messages that the middleware lost; None where it cannot tell.
         faults: input -> why its publisher does not match; only those that do not.
-        image_take: how images come from the middleware.
+        image_take: how images come from the middleware; the slow way is :data:`SLOW_TAKE` and why.
     """
     problems: list[tuple[int, str]] = [(ERROR, fault) for fault in faults.values()]
     missing = inputs.missing()
@@ -146,6 +148,8 @@ def inputs_status(
     }
     # A camera that stopped is further and further behind the others: its age says it already.
     skewed = None if problems else check_skew(stamps, settings.max_skew_ms)
+    if image_take.startswith(SLOW_TAKE):
+        problems.append((WARN, f'images are taken the slow way, through {image_take}'))
     for skip in (skewed, inputs.prompt_skip()):
         if skip is not None:
             problems.append((WARN, skip.detail))

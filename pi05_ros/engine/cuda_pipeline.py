@@ -289,7 +289,7 @@ class CudaPipeline(Pipeline):
     def _denoise_states(self, num_steps: int) -> list[torch.Tensor]:
         """Return x_t after each Euler step, (H, A) each."""
         stage, states = self.denoise, []
-        stage.launch_begin()
+        stage.launch_begin(num_steps)
         for step in range(num_steps):
             for layer in range(self.config.expert.depth):
                 stage.launch_layer(num_steps, step, layer)

@@ -81,16 +81,16 @@ class DenoiseStage:
         belongs to one step count; the prefix length does not enter it.
         """
         self._check_steps(num_steps)
-        self.launch_begin()
+        self.launch_begin(num_steps)
         for step in range(num_steps):
             for layer in range(self.config.expert.depth):
                 self.launch_layer(num_steps, step, layer)
             self.launch_step_end(num_steps, step)
 
-    def launch_begin(self) -> None:
+    def launch_begin(self, num_steps: int) -> None:
         """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
         # Without PDL: everything enqueued before, such as the prefill, is complete after it.
-        first = table_row(1, 0)
+        first = table_row(num_steps, 0)
         self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:

@@ -292,12 +292,12 @@ class Session:
     def _take_directly(self, policy: Policy) -> None:
         """Have images written into the policy's memory, if that works with the ROS 2 here."""
         if not self._feeds.has_raw_images():
-            self._image_take = 'rclpy: no camera sends raw images'
+            self._image_take = 'no raw images'
             return
         try:
             rcl = checked_rcl(self._node)
         except DirectTakeError as fault:
-            self._image_take = f'rclpy: {fault}'
+            self._image_take = f'{status.SLOW_TAKE}{fault}'
             self._node.get_logger().warning(
                 f'images are taken through rclpy, which costs two more copies: {fault}'
             )
@@ -307,7 +307,7 @@ class Session:
 
     def _describe_take(self) -> str:
         if self._feeds.is_delivered():
-            return 'rclpy: the executor takes them, and does not heed callback groups'
+            return f'{status.SLOW_TAKE}the executor takes them, and does not heed callback groups'
         return self._image_take
 
     def _first_observation(self, report: Callable[[str], None]) -> Observation:

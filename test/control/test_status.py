@@ -127,6 +127,15 @@ def test_inputs_name_everything_that_is_wrong_worst_first():
     assert third.endswith('base image 150 ms old > 100 ms')
 
 
+def test_images_taken_the_slow_way_are_a_warning():
+    rig, _ = acting_rig()
+    found = status.inputs_status(
+        rig.inputs, rig.settings, rig.now_ns, LOST, {}, 'rclpy: rcl is not to be had'
+    )
+    assert found.level == WARN
+    assert found.message == 'images are taken the slow way, through rclpy: rcl is not to be had'
+
+
 def test_missing_task_is_a_warning():
     rig = Rig(prompt='')
     rig.everything()
