@@ -66,9 +66,7 @@ class ExpertLayer:
         """Turn the tuning into launch arguments and workspace that fit this model's shape."""
         expert, tuning, x = self._expert, self.tuning, self._buffers.x
         width, head_dim = expert.width, expert.head_dim
-        all_keys = self._buffers.keys.shape[1] + self.horizon
-        self._splits = tuning.attention.splits or triton.cdiv(all_keys, tuning.attention.keys)
-        split_rows = (self._splits, expert.num_heads * self.horizon)
+        split_rows = (tuning.attention.splits, expert.num_heads * self.horizon)
         self._parts = torch.zeros(*split_rows, head_dim, dtype=x.dtype, device=x.device)
         self._log_sums = torch.zeros(split_rows, device=x.device)
         row_blocks = triton.cdiv(self.horizon, self.row_block)
@@ -126,18 +124,11 @@ class ExpertLayer:
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         head_dim = expert.head_dim
         row_blocks = triton.cdiv(expert.num_heads * self.horizon, tiling.rows)
-        kernel, changes = split_attention.attend_once_kernel, self._start(prefetch=False)
-        if tiling.splits:
-            kernel = split_attention.attend_kernel
-            changes = {'SPLITS': tiling.splits, **self._start()}
-        later = self._weights.gate_up[layer]
-        kernel[(row_blocks, self._splits)](
+        split_attention.attend_kernel[(row_blocks, tiling.splits)](
             b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts, self._log_sums,
-            later, later.numel(), self.horizon, expert.num_heads,
-            head_dim**-0.5 * math.log2(math.e),
-            D=head_dim, BM=tiling.rows, BN=tiling.keys, WARPS=tiling.warps,
-            LATER=self.pdl and self.tuning.prefetch_later, num_warps=tiling.warps,
-            num_stages=tiling.stages, **changes,
+            self.horizon, expert.num_heads, head_dim**-0.5 * math.log2(math.e),
+            D=head_dim, SPLITS=tiling.splits, BM=tiling.rows, BN=tiling.keys, WARPS=tiling.warps,
+            num_warps=tiling.warps, num_stages=tiling.stages, **self._start(),
         )  # fmt: skip
 
     def launch_merge(self) -> None:
@@ -145,9 +136,8 @@ class ExpertLayer:
         b, expert, tiling = self._buffers, self._expert, self.tuning.attention
         split_attention.merge_kernel[(expert.num_heads * self.horizon,)](
             self._parts, self._log_sums, b.n_prefix, b.attended, self.horizon, expert.num_heads,
-            D=expert.head_dim, SPLITS=self._splits,
-            SPLITS_POW2=triton.next_power_of_2(self._splits), BN=tiling.keys,
-            ONCE=tiling.splits == 0,
+            D=expert.head_dim, SPLITS=tiling.splits,
+            SPLITS_POW2=triton.next_power_of_2(tiling.splits), BN=tiling.keys,
             num_warps=self.tuning.merge_warps, **self._start(prefetch=False),
         )  # fmt: skip
 

@@ -55,9 +55,7 @@ _ATTENTION = [
     AttentionTiling(rows, keys, splits, warps, stages)
     for rows, keys, splits, warps, stages in (
         (64, 16, 16, 4, 3), (64, 32, 8, 4, 2), (64, 32, 8, 4, 3), (64, 32, 8, 8, 2),
-        (64, 32, 12, 4, 2), (64, 64, 6, 8, 2), (64, 64, 12, 8, 1), (64, 32, 0, 4, 1),
-        (64, 64, 0, 4, 1), (64, 64, 0, 8, 1), (64, 128, 0, 8, 1), (128, 64, 0, 8, 1),
-    )
+        (64, 32, 12, 4, 2), (64, 64, 6, 8, 2), (64, 64, 12, 8, 1),     )
 ]  # fmt: skip
 # How kernels start comes first: it decides how many of them share a multiprocessor.
 STARTS: list[dict[str, Any]] = [
@@ -70,8 +68,8 @@ STARTS: list[dict[str, Any]] = [
 CANDIDATES: list[dict[str, Any]] = [
     {field: choice}
     for field, choices in (
-        ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]), ('prefetch_later', [True]),
-        ('down', _DOWN), ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
+        ('attention', _ATTENTION), ('merge_warps', [1, 2, 4]), ('down', _DOWN),
+        ('attention_out', _ATTENTION_OUT), ('qkv', _QKV), ('gate_up', _GATE_UP),
     )
     for choice in choices
 ]  # fmt: skip

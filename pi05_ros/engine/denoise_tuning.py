@@ -42,10 +42,7 @@ class GemmTiling:
 
 @dataclass(frozen=True)
 class AttentionTiling:
-    """Query rows and keys per block, and how many key ranges work side by side.
-
-    ``splits`` 0 makes ranges of one block each, as many as there are, without a loop.
-    """
+    """Query rows and keys per block, and how many key ranges work side by side."""
 
     rows: int
     keys: int
@@ -66,7 +63,6 @@ class DenoiseTuning:
     merge_warps: int = 1
     pdl: bool = True  # where the GPU can: a kernel starts while the one before still runs
     prefetch: bool = True  # with PDL: bring what no kernel writes to L2 before the wait
-    prefetch_later: bool = False  # with PDL: attention brings the weights of gate_up to L2
 
     @classmethod
     def from_dict(cls, values: Any) -> DenoiseTuning:
@@ -87,7 +83,7 @@ def _filled(default: Any, values: Any, place: str) -> Any:
     changes = {}
     for name, value in values.items():
         usual = getattr(default, name)
-        least = 0 if isinstance(usual, bool) or (place, name) == ('attention', 'splits') else 1
+        least = 0 if isinstance(usual, bool) else 1
         if is_dataclass(usual):
             changes[name] = _filled(usual, value, name)
         elif type(value) is type(usual) and least <= value <= _MAX_SIZE:

@@ -278,5 +278,5 @@ def test_every_gh100_has_the_measured_tuning_of_the_released_model(
     with caplog.at_level('INFO'):
         found = load_denoise_tuning(torch.device('cuda'), Pi05Config.full().expert, 64)
     assert ('tuned on NVIDIA H100 80GB HBM3, the same chip' in caplog.text) == ('H100' not in gpu)
-    assert found.pdl and found.prefetch and not found.prefetch_later
+    assert found.pdl and found.prefetch
     assert found.qkv == GemmTiling(columns=32, depth=256, splits=1, warps=4, stages=4)

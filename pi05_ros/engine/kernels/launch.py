@@ -85,19 +85,6 @@ def prefetch_range(
 
 
 @triton.jit
-def prefetch_share(ptr, count, WARPS: tl.constexpr, PREFETCH: tl.constexpr):
-    """Ask for a program's share of ``count`` contiguous elements; all programs ask for all.
-
-    Less than 64 elements per program may be left out.
-    """
-    if PREFETCH:
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        share = count // programs // 64 * 64
-        prefetch_range(ptr + program * share, share, WARPS, PREFETCH)
-
-
-@triton.jit
 def _prefetch(address, size):
     tl.inline_asm_elementwise(
         'cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;',

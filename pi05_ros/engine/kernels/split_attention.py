@@ -8,9 +8,7 @@ range's result, in the storage dtype, with its log-sum; a second kernel merges t
     o = sum_s exp(z_s) o_s / sum_s exp(z_s)
 
 The number of prefix keys is read from device memory: a shorter prompt makes fewer key blocks,
-spread evenly over the same grid. With few enough keys per program there is no loop: one block,
-whose prefix part is loaded before the wait for the previous kernel, which does not write it.
-Logits stay float32 (the eager model rounds them to bf16).
+spread evenly over the same grid. Logits stay float32 (the eager model rounds them to bf16).
 """
 
 from __future__ import annotations
@@ -20,12 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi05_ros.engine.kernels.launch import (
-    let_next_start,
-    prefetch_range,
-    prefetch_share,
-    wait_for_previous,
-)
+from pi05_ros.engine.kernels.launch import let_next_start, prefetch_range, wait_for_previous
 
 
 @triton.jit
@@ -37,26 +30,15 @@ def _blocks_per_split(n_prefix, M, SPLITS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _store_part(
-    part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D: tl.constexpr,
-):  # fmt: skip
-    """Write the normalised result of a key range and its log-sum."""
-    tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
-    part = (acc * (1.0 / norm)[:, None]).to(part_ptr.dtype.element_ty)
-    tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
-
-
-@triton.jit
 def attend_kernel(
     qkv_ptr,  # (heads + 2, M, D): q heads, suffix k, suffix v
     k_ptr, v_ptr,  # (P_max, D) prefix of this layer
     n_prefix_ptr,  # (1,) int32
     part_ptr,  # (SPLITS, heads * M, D), written
     log_sum_ptr,  # (SPLITS, heads * M) f32, written, in units of log2
-    later_ptr, later_count,  # weights of a later kernel, brought to L2 if LATER
     M, heads, log2_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, LATER: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: BM packed query rows, one range of key blocks."""
     split = tl.program_id(1)
@@ -74,7 +56,6 @@ def attend_kernel(
     prefetch_range(k_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
     prefetch_range(v_ptr + begin * BN * D, prefix_keys, WARPS, PREFETCH)
     wait_for_previous(PDL)
-    prefetch_share(later_ptr, later_count, WARPS, LATER)
 
     if begin < blocks:
         q = tl.load(qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0)
@@ -102,52 +83,9 @@ def attend_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision='ieee')
             top = new_top
         at = split * num_rows + rows
-        _store_part(part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D)
-
-
-@triton.jit
-def attend_once_kernel(
-    qkv_ptr,  # (heads + 2, M, D): q heads, suffix k, suffix v
-    k_ptr, v_ptr,  # (P_max, D) prefix of this layer
-    n_prefix_ptr,  # (1,) int32
-    part_ptr,  # (blocks of P_max + M keys, heads * M, D), written
-    log_sum_ptr,  # (blocks of P_max + M keys, heads * M) f32, written, in units of log2
-    later_ptr, later_count,  # weights of a later kernel, brought to L2 if LATER
-    M, heads, log2_scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr, LATER: tl.constexpr,
-):  # fmt: skip
-    """One program: BM packed query rows, BN keys of prefix and suffix behind each other."""
-    block = tl.program_id(1)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    num_rows = heads * M
-    row_mask = rows < num_rows
-    dims = tl.arange(0, D)
-    n_prefix = tl.load(n_prefix_ptr)
-    keys = block * BN + tl.arange(0, BN)
-    offsets = keys[:, None] * D + dims[None, :]
-    in_prefix = (keys < n_prefix)[:, None]
-    let_next_start(PDL)
-    prefix_k = tl.load(k_ptr + offsets, mask=in_prefix, other=0.0)
-    prefix_v = tl.load(v_ptr + offsets, mask=in_prefix, other=0.0)
-    wait_for_previous(PDL)
-    prefetch_share(later_ptr, later_count, WARPS, LATER)
-
-    if block * BN < n_prefix + M:
-        in_range = keys < n_prefix + M
-        in_suffix = ((keys >= n_prefix) & in_range)[:, None]
-        q = tl.load(qkv_ptr + rows[:, None] * D + dims[None, :], mask=row_mask[:, None], other=0.0)
-        suffix = qkv_ptr + (num_rows - n_prefix) * D + offsets
-        k = tl.load(suffix, mask=in_suffix, other=prefix_k)
-        v = tl.load(suffix + M * D, mask=in_suffix, other=prefix_v)
-        logits = tl.dot(q, tl.trans(k), input_precision='ieee') * log2_scale
-        logits = tl.where(in_range[None, :], logits, float('-inf'))
-        top = tl.max(logits, axis=1)
-        p = tl.exp2(logits - top[:, None])
-        norm = tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, input_precision='ieee')
-        at = block * num_rows + rows
-        _store_part(part_ptr, log_sum_ptr, acc, top, norm, at, row_mask, dims, D)
+        tl.store(log_sum_ptr + at, top + tl.log2(norm), mask=row_mask)
+        part = (acc * (1.0 / norm)[:, None]).to(part_ptr.dtype.element_ty)
+        tl.store(part_ptr + at[:, None] * D + dims[None, :], part, mask=row_mask[:, None])
 
 
 @triton.jit
@@ -158,7 +96,7 @@ def merge_kernel(
     out_ptr,  # (M, heads * D), written
     M, heads,
     D: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr, BN: tl.constexpr,
-    ONCE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one packed query row, all key ranges in index order."""
     let_next_start(PDL)
@@ -166,11 +104,8 @@ def merge_kernel(
     num_rows = heads * M
     n_prefix = tl.load(n_prefix_ptr)
     splits = tl.arange(0, SPLITS_POW2)
-    if ONCE:
-        used = splits < tl.cdiv(n_prefix + M, BN)
-    else:
-        _, blocks, per_split = _blocks_per_split(n_prefix, M, SPLITS, BN)
-        used = splits < tl.cdiv(blocks, per_split)
+    _, blocks, per_split = _blocks_per_split(n_prefix, M, SPLITS, BN)
+    used = splits < tl.cdiv(blocks, per_split)
     dims = tl.arange(0, D)
     wait_for_previous(PDL)
 

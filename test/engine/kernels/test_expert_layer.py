@@ -119,14 +119,9 @@ def test_qkv_rope_matches_its_twin(horizon):
 
 @pytest.mark.parametrize('horizon', [1, 10, 17, 50] if _CUDA else [5])
 @pytest.mark.parametrize('prefix', [1, 32, 45])
-@pytest.mark.parametrize(
-    ('splits', 'later'), [(3, False), (0, False)] + ([(3, True), (0, True)] if _CUDA else [])
-)
-def test_attention_matches_its_twin(horizon, prefix, splits, later):
+def test_attention_matches_its_twin(horizon, prefix):
     """Few prefix keys leave ranges without any key; rows beyond the prefix are not numbers."""
-    attention = AttentionTiling(rows=32, keys=32, splits=splits)
-    tuning = replace(_RAGGED, attention=attention, prefetch_later=later)
-    case = _case(horizon, prefix, tuning)
+    case = _case(horizon, prefix)
     case.buffers.keys[:, prefix:] = float('nan')
     case.buffers.values[:, prefix:] = float('nan')
     case.buffers.attended.fill_(float('nan'))
