@@ -3,7 +3,8 @@
 
     python scripts/bench_denoise.py --check             parity with the plain twin
     python scripts/bench_denoise.py --time              a step, and each kernel of a layer
-    python scripts/bench_denoise.py --retune            find and store block sizes
+    python scripts/bench_denoise.py --time --triton     the same of the Triton kernels
+    python scripts/bench_denoise.py --retune            find and store their block sizes
     python scripts/bench_denoise.py --check --time --retune --brief --deadline 60
 
 Options may be combined; candidates compile in processes of their own while the rest runs.
@@ -36,7 +37,8 @@ from pi05_ros.engine.denoise_tuner import (
     time_run_us,
     tune,
 )
-from pi05_ros.engine.denoise_tuning import save_denoise_tuning
+from pi05_ros.engine.denoise_tuning import load_denoise_tuning, save_denoise_tuning
+from pi05_ros.engine.hopper_chain import HopperChain
 from pi05_ros.engine.kernels.prefill_attention import KEY_ROWS_MULTIPLE
 from pi05_ros.model.config import Pi05Config
 
@@ -149,6 +151,13 @@ def float32_twin(
     return twin
 
 
+def use_triton(stage: DenoiseStage) -> DenoiseStage:
+    """Let a stage run the Triton kernels, with the block sizes of this GPU, and return it."""
+    rows = row_block(stage.horizon)
+    stage.use_tuning(load_denoise_tuning(stage.device, stage.config.expert, rows))
+    return stage
+
+
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the cosine of two tensors taken as vectors."""
     return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
@@ -156,15 +165,24 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
-    layer, row = stage.layer, 0
-    return {
-        'qkv': lambda i: layer.launch_qkv(row, i),
-        'attend': lambda i: layer.launch_attend(row, i),
-        'merge': lambda i: layer.launch_merge(),
-        'attention_out': lambda i: layer.launch_attention_out(row, i),
-        'gate_up': lambda i: layer.launch_gate_up(row, i),
-        'down': lambda i: layer.launch_down(row, i),
+    row = 0
+    if isinstance(stage.chain, HopperChain):
+        kernels, residual = stage.chain, True
+    else:
+        kernels, residual = stage.chain.layer, False
+    chains = {
+        'qkv': lambda i: kernels.launch_qkv(row, i),
+        'attend': lambda i: kernels.launch_attend(row, i),
+        'merge': lambda i: kernels.launch_merge(),
+        'attention_out': lambda i: kernels.launch_attention_out(row, i),
     }
+    if residual:
+        chains['residual_attention'] = lambda i: kernels.launch_residual_attention(row, i)
+    chains['gate_up'] = lambda i: kernels.launch_gate_up(row, i)
+    chains['down'] = lambda i: kernels.launch_down(row, i)
+    if residual:
+        chains['residual_mlp'] = lambda i: kernels.launch_residual_mlp(row, i)
+    return chains
 
 
 def time_kernels(stage: DenoiseStage) -> dict[str, float]:
@@ -229,7 +247,7 @@ def precompile(config: Pi05Config, options: argparse.Namespace) -> None:
     )
     state = random_state(shallow, 'cuda')
     stage = make_stage(shallow, state, horizon=options.horizon, prefix=options.prefix, max_steps=2)
-    for tuning in programs(stage.layer.tuning)[options.precompile :: options.parts]:
+    for tuning in programs(use_triton(stage).tuning)[options.precompile :: options.parts]:
         try:
             stage.use_tuning(tuning)
             stage.launch(2)
@@ -262,6 +280,7 @@ def main() -> None:
     parser.add_argument('--check', action='store_true', help='parity with the plain twin')
     parser.add_argument('--time', action='store_true', help='time steps and single kernels')
     parser.add_argument('--retune', action='store_true', help='find and store block sizes')
+    parser.add_argument('--triton', action='store_true', help='not the Hopper kernels')
     parser.add_argument('--brief', action='store_true', help='check two shapes only')
     for name, kind, default, text in (
         ('deadline', float, 3600.0, 'seconds after which no more candidates are tried'),
@@ -293,6 +312,8 @@ def measure(config: Pi05Config, options: argparse.Namespace, result: dict) -> No
     if options.check:
         result['check'] = check(config, state, FEW_SHAPES if options.brief else ALL_SHAPES)
     stage = make_stage(config, state, horizon=options.horizon, prefix=options.prefix)
+    if options.triton or options.retune:
+        use_triton(stage)
     wait_for(workers, options.end - 12.0)
     result['clocks'] = raise_clocks(0.8)
     print(f'{options.end - time.perf_counter():.0f} s left, clocks {result["clocks"]}')

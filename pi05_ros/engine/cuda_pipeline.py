@@ -95,9 +95,12 @@ class CudaPipeline(Pipeline):
 
     @property
     def stage_backends(self) -> Mapping[str, str]:
-        """Return 'cuda', or 'cuda-plain' where plain PyTorch runs in the graphs (float32)."""
+        """Return 'cuda', 'cuda-hopper' where the kernels for Hopper GPUs run, or 'cuda-plain'
+        where plain PyTorch runs in the graphs (float32).
+        """
         prefix = 'cuda-plain' if self.precision == 'float32' else 'cuda'
-        return {stage: 'cuda' if stage == 'denoise' else prefix for stage in STAGES}
+        denoise = self.denoise.chain.backend
+        return {stage: denoise if stage == 'denoise' else prefix for stage in STAGES}
 
     @torch.inference_mode()
     def infer(
@@ -192,16 +195,20 @@ class CudaPipeline(Pipeline):
         with torch.cuda.device(self.device), torch.inference_mode():
             return tune(self._ops, launches, self._stream)
 
-    def tune_denoise(self, seconds: float = 1800.0) -> tuple[DenoiseTuning, TunedKernel]:
+    def tune_denoise(self, seconds: float = 1800.0) -> tuple[DenoiseTuning, TunedKernel] | None:
         """Time the block sizes of the denoise over the last call's prefix and noise.
 
         The captured graphs keep the sizes that they had: build a pipeline to use the result.
 
         Args:
             seconds: what is left of the candidates after this time is not tried.
-        Returns: the choices to store, and what a step gained.
+        Returns:
+            The choices to store, and what a step gained; None where the Hopper kernels run,
+            which have nothing to choose.
         """
         stage, steps, tried = self.denoise, self.shape.max_steps, []
+        if stage.tuning is None:
+            return None
         with (
             torch.cuda.device(self.device),
             torch.inference_mode(),

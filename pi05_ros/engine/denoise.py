@@ -1,33 +1,33 @@
 """The denoise stage: Euler steps of the action expert over a prefix K/V, as one chain of kernels.
 
-Per layer: norm + QKV + RoPE, attention split over the keys, output projection + gated residual,
-norm + gate/up + GEGLU, down + gated residual (``denoise_layers.py``). Between steps one kernel
-does the final norm, the action projection, the Euler update and the next step's input projection.
-Nothing in the chain depends on the host: the prefix length is read on the device and the
-modulations of every step lie in a table, so a graph captured once per step count serves every
-prompt.
+Two chains compute the same: Triton kernels for any GPU (``triton_chain.py``) and CUDA C++ kernels
+for the released expert on a Hopper GPU (``hopper_chain.py``). Nothing in them depends on the host:
+the prefix length is read on the device and the modulations of every step lie in a table, so a
+graph captured once per step count serves every prompt.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
-import triton
 from torch import Tensor
 
-from pi05_ros.engine.denoise_layers import ExpertLayer, LayerBuffers, row_block
+from pi05_ros.engine.denoise_layers import LayerBuffers, row_block
 from pi05_ros.engine.denoise_tuning import DenoiseTuning, load_denoise_tuning
 from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
+from pi05_ros.engine.hopper_chain import HopperChain, hopper_obstacle
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import SCALE, table_row
-from pi05_ros.engine.kernels.launch import block_size, is_interpreted
+from pi05_ros.engine.kernels.adarms import table_row
+from pi05_ros.engine.kernels.launch import has_pdl, is_interpreted
 from pi05_ros.engine.pipeline import BackendError
+from pi05_ros.engine.triton_chain import TritonChain
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import rope_tables as oracle_rope_tables
 from pi05_ros.model.sampler import step_size
 
-_EULER_WARPS = 16
+_log = logging.getLogger(__name__)
 
 
 class DenoiseStage:
@@ -61,17 +61,39 @@ class DenoiseStage:
         self.config, self.horizon, self.max_steps, self.dtype = config, horizon, max_steps, dtype
         self.keys, self.values, self.n_prefix = keys, values, n_prefix
         self.device = keys.device
-        self.weights: ExpertWeights = expert_weights(state, config, max_steps, dtype, self.device)
         self.noise = torch.zeros(horizon, config.action_dim, device=self.device)
         self.actions = torch.zeros_like(self.noise)
         self.cos, self.sin = rope_table(config, keys.shape[1] + horizon, dtype, self.device)
         self.buffers = self._layer_buffers()
-        rows = row_block(horizon)
-        self.use_tuning(load_denoise_tuning(self.device, config.expert, rows))
+        weights = expert_weights(state, config, max_steps, dtype, self.device)
+        self.chain: TritonChain | HopperChain = self._choose_chain(weights)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The weights as the checkpoint has them; a copy if the kernels read them otherwise."""
+        return self.chain.weights()
+
+    @property
+    def tuning(self) -> DenoiseTuning | None:
+        """The block sizes of the Triton kernels; None for the Hopper kernels, which have none."""
+        return self.chain.layer.tuning if isinstance(self.chain, TritonChain) else None
 
     def use_tuning(self, tuning: DenoiseTuning) -> None:
-        """Run the kernels with other block sizes; a graph captured before is stale."""
-        self.layer = ExpertLayer(self.buffers, self.weights, self.config.expert, tuning)
+        """Run the Triton kernels with these block sizes; a graph captured before is stale."""
+        self.chain = self._triton_chain(self.weights, tuning)
+
+    def _choose_chain(self, weights: ExpertWeights) -> TritonChain | HopperChain:
+        """Decide which kernels run here, and say why it is not the faster ones."""
+        obstacle = hopper_obstacle(self.config, self.buffers)
+        if obstacle is None:
+            return HopperChain(self.config, weights, self.buffers, self.noise, self.actions)
+        if has_pdl(self.device):
+            _log.info('the denoise runs without the Hopper kernels: %s', obstacle)
+        tuning = load_denoise_tuning(self.device, self.config.expert, row_block(self.horizon))
+        return self._triton_chain(weights, tuning)
+
+    def _triton_chain(self, weights: ExpertWeights, tuning: DenoiseTuning) -> TritonChain:
+        return TritonChain(self.config, weights, self.buffers, self.noise, self.actions, tuning)
 
     def launch(self, num_steps: int) -> None:
         """Enqueue a whole run from ``noise`` to ``actions`` on the current stream.
@@ -89,23 +111,15 @@ class DenoiseStage:
 
     def launch_begin(self, num_steps: int) -> None:
         """Enqueue the projection of ``noise`` into the residual stream; needs no prefix."""
-        # Without PDL: everything enqueued before, such as the prefill, is complete after it.
-        first = table_row(num_steps, 0)
-        self._launch_euler(self.noise, first, first, 0.0, leave=False, enter=True, pdl=False)
+        self.chain.launch_begin(num_steps)
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one expert layer of one step; needs the prefix K/V of this layer alone."""
-        self.layer.launch(table_row(num_steps, step), layer)
+        self.chain.launch_layer(num_steps, step, layer)
 
     def launch_step_end(self, num_steps: int, step: int) -> None:
         """Enqueue the Euler update and, unless it was the last step, the next step's input."""
-        source = self.noise if step == 0 else self.actions
-        row, following = table_row(num_steps, step), step + 1
-        enter = following < num_steps
-        self._launch_euler(
-            source, row, table_row(num_steps, following) if enter else row,
-            float(step_size(num_steps)), leave=True, enter=enter, pdl=self.layer.pdl,
-        )  # fmt: skip
+        self.chain.launch_step_end(num_steps, step)
 
     def eager(self, num_steps: int) -> Tensor:
         """Return what :meth:`launch` computes, (H, A) float32, in plain PyTorch.
@@ -159,25 +173,6 @@ class DenoiseStage:
             cos=self.cos,
             sin=self.sin,
         )
-
-    def _launch_euler(
-        self, source: Tensor, row: int, next_row: int, dt: float,
-        *, leave: bool, enter: bool, pdl: bool,
-    ) -> None:  # fmt: skip
-        weights, width = self.weights, self.config.expert.width
-        actions = self.config.action_dim
-        euler.euler_kernel[(self.horizon,)](
-            self.buffers.x, self.buffers.scaled, weights.modulations[next_row, 0, SCALE],
-            weights.modulations[row, -1],
-            weights.action_out, weights.action_out_bias,
-            weights.action_in, weights.action_in_bias, source, self.actions, self.layer.ssq,
-            dt, actions, W=width, PARTS=self.layer.parts,
-            PARTS_POW2=triton.next_power_of_2(self.layer.parts),
-            EPS=self.config.expert.rms_norm_eps, A_POW2=triton.next_power_of_2(actions),
-            BK=block_size(width, 512, 'width'), LEAVE=leave, ENTER=enter,
-            WARPS=_EULER_WARPS, PDL=pdl, PREFETCH=pdl,
-            launch_pdl=pdl, num_warps=_EULER_WARPS,
-        )  # fmt: skip
 
 
 def rope_table(

@@ -131,21 +131,27 @@ def tune(
     """Try :data:`STARTS`, then :data:`CANDIDATES`, keeping whatever is right and faster.
 
     Args:
-        stage: gets the result; its weights and prefix must be realistic random values.
+        stage: runs the Triton kernels and gets the result; its weights and prefix must be
+            realistic random values.
         report: called with what was changed, and microseconds per step or why it cannot run.
         seconds: what is left of the candidates after this time is not tried.
+    Raises:
+        BackendError: the stage runs the Hopper kernels.
     """
     end = time.perf_counter() + seconds
     expected = stage.eager(num_steps)
-    best, best_us = stage.layer.tuning, time_run_us(stage, num_steps)
+    best, best_us = stage.tuning, time_run_us(stage, num_steps)
+    if best is None:
+        raise BackendError('the Hopper kernels have no block sizes to tune')
     for change in STARTS + CANDIDATES:
         if time.perf_counter() > end:
             report(change, 'no time left for this and the rest')
             break
-        if replace(best, **change) == best:
+        candidate = replace(best, **change)
+        if candidate == best:
             continue
         try:
-            stage.use_tuning(replace(best, **change))
+            stage.use_tuning(candidate)
             time_us = time_run_us(stage, num_steps)
         except UNFIT as unfit:
             report(change, f'{type(unfit).__name__}: {unfit}'.splitlines()[0])
@@ -155,7 +161,7 @@ def tune(
             continue
         report(change, time_us / num_steps)
         if time_us < best_us:
-            best, best_us = stage.layer.tuning, time_us
+            best, best_us = candidate, time_us
     stage.use_tuning(best)
     return best
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from pi05_ros.engine.build import choose_backend
 from pi05_ros.engine.chips import file_name, user_path
 from pi05_ros.engine.denoise_layers import row_block
-from pi05_ros.engine.denoise_tuning import save_denoise_tuning
+from pi05_ros.engine.denoise_tuning import DenoiseTuning, save_denoise_tuning
 from pi05_ros.engine.pipeline import PipelineShape
 from pi05_ros.engine.tuning import TunedChoices
 from pi05_ros.model.checkpoint import open_checkpoint
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     gpu = torch.cuda.get_device_name(device)
     choices = TunedChoices(gpu)
     results: list[TunedKernel] = []
+    denoise: DenoiseTuning | None = None
     counts = args.views or range(1, config.max_views + 1)
     for views in counts:
         pipeline = _build(config, views, str(device))
@@ -64,19 +65,25 @@ def run(args: argparse.Namespace) -> int:
         results += gained
         if views == counts[-1]:
             _call(pipeline)
-            denoise, step = pipeline.tune_denoise()
-            results.append(step)
+            tuned = pipeline.tune_denoise()
+            if tuned is not None:
+                denoise, step = tuned
+                results.append(step)
         pipeline.close()
     prefix_path, denoise_path = (
         args.output / file_name(kind, gpu) if args.output else user_path(kind, gpu)
         for kind in ('prefix', 'denoise')
     )
     choices.save(prefix_path)
-    save_denoise_tuning(denoise_path, config.expert, row_block(config.action_horizon), denoise)
     console = make_console()
     console.print(_table(gpu, results))
-    for path in (prefix_path, denoise_path):
-        console.print(f'written to {path}', highlight=False)
+    console.print(f'written to {prefix_path}', highlight=False)
+    if denoise is None:
+        console.print('the denoise runs the Hopper kernels, which have nothing to choose')
+    else:
+        rows = row_block(config.action_horizon)
+        save_denoise_tuning(denoise_path, config.expert, rows, denoise)
+        console.print(f'written to {denoise_path}', highlight=False)
     return 0
 
 

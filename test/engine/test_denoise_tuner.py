@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ class FakeStage:
         self.use_tuning(DenoiseTuning())
 
     def use_tuning(self, tuning: DenoiseTuning) -> None:
-        self.layer = SimpleNamespace(tuning=tuning)
+        self.tuning = tuning
         wrong = tuning.gate_up.depth == 256
         self.actions = torch.full((3, 2), float('nan')) if wrong else torch.ones(3, 2)
 
@@ -37,7 +36,7 @@ def stage(monkeypatch):
     """
 
     def time_run_us(stage, num_steps):
-        tuning = stage.layer.tuning
+        tuning = stage.tuning
         if tuning.down.stages == 6:
             raise OutOfResources(300_000, 232_448, 'shared memory')
         faster = (
@@ -52,7 +51,7 @@ def stage(monkeypatch):
 def test_the_fastest_right_choices_are_kept_and_what_does_not_fit_is_reported(stage):
     tried = []
     best = tune(stage, lambda change, outcome: tried.append((change, outcome)))
-    assert best == stage.layer.tuning
+    assert best == stage.tuning
     assert (best.pdl, best.prefetch, best.qkv.columns) == (True, False, 64)
     assert best.down == DenoiseTuning().down
     unfit = {outcome.split(':')[0] for _, outcome in tried if isinstance(outcome, str)}

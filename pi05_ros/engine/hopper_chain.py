@@ -1,0 +1,206 @@
+"""The denoise as a chain of CUDA C++ kernels, for the released expert on Hopper GPUs."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi05_ros.engine.denoise_layers import LayerBuffers
+from pi05_ros.engine.expert_weights import ExpertWeights
+from pi05_ros.engine.kernels import hopper_layout
+from pi05_ros.engine.kernels.adarms import GATE, table_row
+from pi05_ros.engine.kernels.hopper_layout import PRODUCTS, THREADS
+from pi05_ros.engine.kernels.launch import has_pdl
+from pi05_ros.engine.kernels.nvrtc import CudaKernel, compile_module
+from pi05_ros.model.config import Pi05Config
+from pi05_ros.model.sampler import step_size
+
+_SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
+_HEADERS = [
+    _SOURCE.with_name(f'hopper{part}.cuh') for part in ('', '_block', '_product', '_attention')
+]
+# Products that get a block on every multiprocessor, see hopper_product.cuh.
+_SPREAD = ('attention_out', 'gate_up', 'down')
+
+
+def hopper_obstacle(config: Pi05Config, buffers: LayerBuffers) -> str | None:
+    """Return why the chain cannot run with these buffers, or None if it can."""
+    device, dtype = buffers.x.device, buffers.x.dtype
+    if not has_pdl(device):
+        return f'{device} has no compute capability of 9.0 or more'
+    if dtype != torch.bfloat16:
+        return f'they compute in bfloat16, not in {dtype}'
+    if find_spec('cuda') is None or find_spec('cuda.bindings') is None:
+        return 'the package cuda-bindings is not installed'
+    return hopper_layout.hopper_misfit(
+        config, buffers.x.shape[0], buffers.keys.shape[1], _processors(device)
+    )
+
+
+class HopperChain:
+    """Nine kernels; each is enqueued to start while the one before it still runs.
+
+    ``buffers.scaled`` holds the norm of ``buffers.x``.
+    """
+
+    backend = 'cuda-hopper'
+
+    def __init__(
+        self, config: Pi05Config, weights: ExpertWeights, buffers: LayerBuffers,
+        noise: Tensor, actions: Tensor,
+    ) -> None:  # fmt: skip
+        """Pack the weights and compile the kernels for this model and device.
+
+        Raises:
+            BackendError: the source does not compile here.
+        """
+        expert = config.expert
+        self.config, self._buffers = config, buffers
+        self._noise, self._actions = noise, actions
+        self.horizon, device = noise.shape[0], noise.device
+        plan = hopper_layout.hopper_plan(
+            expert, self.horizon, buffers.keys.shape[1], _processors(device)
+        )
+        self.plan = plan
+        self._packed = hopper_layout.pack_weights(weights, plan, expert)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        heads, rows = expert.num_heads * expert.head_dim, expert.num_heads * self.horizon
+        out_ranges = heads // plan.attention_out.depth
+        mlp_ranges = expert.mlp_dim // plan.down.depth
+        self._attention_partials = floats(out_ranges, self.horizon, expert.width)
+        self._mlp_partials = floats(mlp_ranges, self.horizon, expert.width)
+        self._log_sums = floats(plan.ranges, rows)
+        self._parts = floats(plan.ranges, rows, expert.head_dim).to(buffers.x.dtype)
+        self._scale = expert.head_dim**-0.5 * math.log2(math.e)
+        self._kernels = self._compile()
+
+    @property
+    def modulations(self) -> Tensor:
+        """The norms' modulations at every step of every step count, see :mod:`.adarms`."""
+        return self._packed.modulations
+
+    def weights(self) -> ExpertWeights:
+        """Return the weights as the checkpoint has them, a copy."""
+        return hopper_layout.unpack_weights(self._packed, self.plan, self.config.expert)
+
+    def _compile(self) -> dict[str, CudaKernel]:
+        plan, config, horizon = self.plan, self.config, self.horizon
+        expert, device = config.expert, self._noise.device
+        with torch.cuda.device(device):
+            module = compile_module(
+                _SOURCE, _HEADERS, hopper_layout.defines(plan, config, horizon)
+            )
+        rows = expert.num_heads * horizon
+        shapes = {
+            'attend': (
+                hopper_layout.query_blocks(expert, horizon) * plan.ranges, THREADS,
+                plan.attend_bytes(expert.head_dim),
+            ),
+            'merge': (-(-rows // (THREADS // 32)), THREADS, 0),
+            'residual_attention': (horizon, expert.width // 4, 0),
+            'residual_mlp': (horizon, expert.width // 4, 0),
+            'step_end': (horizon, expert.width // 2, 4 * config.action_dim * expert.width),
+        }  # fmt: skip
+        for name in PRODUCTS:
+            slab = getattr(plan, name)
+            blocks = slab.blocks(*getattr(self._packed, name).shape[1:])
+            if name in _SPREAD:
+                blocks = max(blocks, _processors(device))
+            shapes[name] = (blocks, THREADS, slab.shared_bytes(horizon))
+        return {name: CudaKernel(module, name, *shape) for name, shape in shapes.items()}
+
+    def launch_begin(self, num_steps: int) -> None:
+        """Enqueue the projection of the noise into the residual stream."""
+        # Not early: everything enqueued before, such as the prefill, is complete after it.
+        first = table_row(num_steps, 0)
+        self._launch_step_end(self._noise, first, 0.0, leave=False, enter=True, early=False)
+
+    def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
+        """Enqueue one layer of one step."""
+        row = table_row(num_steps, step)
+        self.launch_qkv(row, layer)
+        self.launch_attend(row, layer)
+        self.launch_merge()
+        self.launch_attention_out(row, layer)
+        self.launch_residual_attention(row, layer)
+        self.launch_gate_up(row, layer)
+        self.launch_down(row, layer)
+        self.launch_residual_mlp(row, layer)
+
+    def launch_step_end(self, num_steps: int, step: int) -> None:
+        """Enqueue the Euler update and, unless it was the last step, the next step's input."""
+        source = self._noise if step == 0 else self._actions
+        enter = step + 1 < num_steps
+        row = table_row(num_steps, step + 1 if enter else step)
+        dt = float(step_size(num_steps))
+        self._launch_step_end(source, row, dt, leave=True, enter=enter, early=True)
+
+    def launch_qkv(self, row: int, layer: int) -> None:
+        """Enqueue q, k, v and their rotation."""
+        b = self._buffers
+        self._launch('qkv', b.scaled, self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
+
+    def launch_attend(self, row: int, layer: int) -> None:
+        """Enqueue the attention to every range of keys."""
+        b = self._buffers
+        self._launch(
+            'attend', b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts,
+            self._log_sums, self._scale,
+        )  # fmt: skip
+
+    def launch_merge(self) -> None:
+        """Enqueue the merge of the ranges."""
+        self._launch('merge', self._parts, self._log_sums, self._buffers.attended)
+
+    def launch_attention_out(self, row: int, layer: int) -> None:
+        """Enqueue the output projection."""
+        weight = self._packed.attention_out[layer]
+        self._launch('attention_out', self._buffers.attended, weight, self._attention_partials)
+
+    def launch_residual_attention(self, row: int, layer: int) -> None:
+        """Enqueue the gated residual behind the attention, and the norm before the MLP."""
+        self._launch_residual('residual_attention', self._attention_partials, row, 2 * layer)
+
+    def launch_gate_up(self, row: int, layer: int) -> None:
+        """Enqueue gate, up and their product."""
+        b = self._buffers
+        self._launch('gate_up', b.scaled, self._packed.gate_up[layer], b.activated)
+
+    def launch_down(self, row: int, layer: int) -> None:
+        """Enqueue the down projection."""
+        weight = self._packed.down[layer]
+        self._launch('down', self._buffers.activated, weight, self._mlp_partials)
+
+    def launch_residual_mlp(self, row: int, layer: int) -> None:
+        """Enqueue the gated residual behind the MLP, and the next layer's or the final norm."""
+        self._launch_residual('residual_mlp', self._mlp_partials, row, 2 * layer + 1)
+
+    def _launch(self, name: str, *arguments: Tensor | float) -> None:
+        self._kernels[name].launch(arguments, early=True)
+
+    def _launch_residual(self, name: str, partials: Tensor, row: int, norm: int) -> None:
+        mods, b = self.modulations[row], self._buffers
+        self._launch(name, partials, mods[norm, GATE], mods[norm + 1], b.x, b.scaled)
+
+    def _launch_step_end(
+        self, source: Tensor, row: int, dt: float, *, leave: bool, enter: bool, early: bool
+    ) -> None:
+        w, b = self._packed, self._buffers
+        self._kernels['step_end'].launch(
+            (
+                b.scaled, w.action_out, w.action_out_bias, w.action_in, w.action_in_bias,
+                w.modulations[row, 0], source, self._actions, b.x, dt, int(leave), int(enter),
+            ),
+            early=early,
+        )  # fmt: skip
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

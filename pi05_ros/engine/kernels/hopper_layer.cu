@@ -1,0 +1,280 @@
+// One Euler step of the action expert as a chain of small kernels for Hopper GPUs.
+//
+//   qkv             q, k, v = rope(normed W_qkv^T)
+//   attend          attention of the action tokens to one range of keys
+//   merge           the ranges put together
+//   attention_out   a W_out^T, one range of K per block, as partial sums
+//   residual        x += gate * sum of the ranges;  normed = adarms(x)     (twice per layer)
+//   gate_up         a = gelu_tanh(normed W_gate^T) * (normed W_up^T)
+//   down            a W_down^T, as attention_out
+//   step_end        x_t += dt (W_out normed + b);  x = W_in x_t + b;  normed = adarms(x)
+//
+// Why not Triton: with a few dozen rows a product waits for three things: its weights from device
+// memory, its activations from L2, and the kernel before it. Here every block has its weights in
+// shared memory, packed as the matrix instruction wants them, before it waits for the kernel
+// before it. After the wait it reads each activation once, from L2 to registers. Triton can place
+// neither.
+//
+// A product is computed transposed: weight rows ("features") are the 16-row side of the matrix
+// instruction and action tokens the 8-column side, so a horizon of 50 is padded to 56. The order
+// of K within 32 is permuted on both sides, so that a lane reads 16 contiguous bytes of a token.
+//
+// Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; *_TILES feature
+// tiles of 16 per block, *_DEPTH the range of K per block; RANGES of keys with at most KEYS (a
+// multiple of 16) in each. Storage is bfloat16, held as unsigned short; sums are float32.
+// Plain twins: small_gemm.py, split_attention.py, euler.py.
+#include "hopper_attention.cuh"
+#include "hopper_product.cuh"
+
+constexpr int kHalf = HEAD_DIM / 2;
+
+typedef Product<QKV_TILES, WIDTH, WIDTH, (HEADS + 2) * HEAD_DIM> Qkv;
+typedef Product<OUT_TILES, OUT_DEPTH, HEADS * HEAD_DIM, WIDTH> Out;
+typedef Product<UP_TILES, WIDTH, WIDTH, 2 * MLP> Up;
+typedef Product<DOWN_TILES, DOWN_DEPTH, MLP, WIDTH> Down;
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) qkv(
+    const bf16* normed,   // (H, WIDTH)
+    const bf16* weights,  // packed: a block has as many first halves of pairs as second ones
+    const bf16* cosines, const bf16* sines,  // (positions, HEAD_DIM / 2)
+    const int* n_prefix,
+    bf16* out) {  // (HEADS + 2, H, HEAD_DIM): q heads, k, v
+  constexpr int kPairs = Qkv::kFeatures / 2, kQuads = kPairs / 4;
+  constexpr int kItems = (HORIZON * kQuads + kThreads - 1) / kThreads;
+  __shared__ u64 arrived[kMaxSteps];
+  let_next_start();
+  Qkv::load_weights(weights, arrived);
+  int head = Qkv::block() * kPairs / kHalf, pair0 = Qkv::block() * kPairs % kHalf;
+  uint2 cos2[kItems], sin2[kItems];
+#pragma unroll
+  for (int j = 0; j < kItems; j++) {
+    int i = min(j * kThreads + (int)threadIdx.x, HORIZON * kQuads - 1);
+    size_t table = (size_t)(*n_prefix + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
+    cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
+  }
+  wait_for_previous();
+  Qkv::multiply(normed, arrived);
+  if (Qkv::surplus()) return;
+#pragma unroll
+  for (int item = 0; item < kItems; item++) {
+    int i = item * kThreads + threadIdx.x;
+    if (i >= HORIZON * kQuads) break;
+    int token = i / kQuads, row = i % kQuads * 4;
+    float4 a4 = Qkv::sum(token, row), b4 = Qkv::sum(token, row + kPairs);
+    float a[4] = {a4.x, a4.y, a4.z, a4.w}, b[4] = {b4.x, b4.y, b4.z, b4.w};
+    float c[4] = {low(cos2[item].x), high(cos2[item].x), low(cos2[item].y), high(cos2[item].y)};
+    float s[4] = {low(sin2[item].x), high(sin2[item].x), low(sin2[item].y), high(sin2[item].y)};
+    bool is_value = head == HEADS + 1;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      float first = rounded(a[j]), second = rounded(b[j]);
+      a[j] = is_value ? first : rounded(first * c[j]) - rounded(second * s[j]);
+      b[j] = is_value ? second : rounded(second * c[j]) + rounded(first * s[j]);
+    }
+    bf16* target = out + ((size_t)head * HORIZON + token) * HEAD_DIM + pair0 + row;
+    *(uint2*)target = make_uint2(pack(a[0], a[1]), pack(a[2], a[3]));
+    *(uint2*)(target + kHalf) = make_uint2(pack(b[0], b[1]), pack(b[2], b[3]));
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) gate_up(
+    const bf16* normed,   // (H, WIDTH)
+    const bf16* weights,  // packed: a block has as many gate rows as up rows
+    bf16* out) {          // (H, MLP)
+  constexpr int kColumns = Up::kFeatures / 2, kQuads = kColumns / 4;
+  __shared__ u64 arrived[kMaxSteps];
+  let_next_start();
+  Up::load_weights(weights, arrived);
+  wait_for_previous();
+  Up::multiply(normed, arrived);
+  if (Up::surplus()) return;
+  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
+    int token = i / kQuads, row = i % kQuads * 4;
+    float4 g4 = Up::sum(token, row), u4 = Up::sum(token, row + kColumns);
+    float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      float v = rounded(g[j]);
+      // gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3).
+      float twice_z = 1.5957691216057308f * v * (1.f + 0.044715f * v * v);
+      g[j] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * rounded(u[j]);
+    }
+    *(uint2*)(out + (size_t)token * MLP + Up::block() * kColumns + row) =
+        make_uint2(pack(g[0], g[1]), pack(g[2], g[3]));
+  }
+}
+
+// Partial sums of a product that ends in the residual stream: (ranges of K, H, WIDTH).
+template <class P>
+__device__ __forceinline__ void partial_product(const bf16* tokens, const bf16* weights,
+                                                float* partials) {
+  constexpr int kQuads = P::kFeatures / 4;
+  __shared__ u64 arrived[kMaxSteps];
+  let_next_start();
+  P::load_weights(weights, arrived);
+  wait_for_previous();
+  P::multiply(tokens, arrived);
+  if (P::surplus()) return;
+  float* target = partials + (size_t)P::range() * HORIZON * WIDTH + P::feature0();
+  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
+    int token = i / kQuads, row = i % kQuads * 4;
+    *(float4*)(target + (size_t)token * WIDTH + row) = P::sum(token, row);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_out(
+    const bf16* attended, const bf16* weights, float* partials) {
+  partial_product<Out>(attended, weights, partials);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) down(
+    const bf16* activated, const bf16* weights, float* partials) {
+  partial_product<Down>(activated, weights, partials);
+}
+
+// The sum of one value per thread, the same in all of them.
+template <int kBlockWarps>
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float of_warp[kBlockWarps];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) value += __shfl_xor_sync(~0u, value, step);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kBlockWarps; warp++) total += of_warp[warp];
+  return total;
+}
+
+// One block per token; a thread has four features.
+constexpr int kResidualThreads = WIDTH / 4;
+
+template <int kRanges>
+__device__ __forceinline__ void add_gated(const float* partials, const float* gate,
+                                          const float* next_modulation, bf16* x, bf16* normed) {
+  let_next_start();
+  int column = threadIdx.x * 4;
+  size_t at = (size_t)blockIdx.x * WIDTH + column;
+  float4 g4 = *(const float4*)(gate + column);
+  float4 scale4 = *(const float4*)(next_modulation + column);
+  float4 shift4 = *(const float4*)(next_modulation + WIDTH + column);
+  wait_for_previous();
+  uint2 old = *(const uint2*)(x + at);
+  uint4 part[kRanges];
+#pragma unroll
+  for (int r = 0; r < kRanges; r++) part[r] = load_l2(partials + (size_t)r * HORIZON * WIDTH + at);
+  float p[4] = {}, g[4] = {g4.x, g4.y, g4.z, g4.w};
+#pragma unroll
+  for (int r = 0; r < kRanges; r++) {
+    p[0] += __uint_as_float(part[r].x), p[1] += __uint_as_float(part[r].y);
+    p[2] += __uint_as_float(part[r].z), p[3] += __uint_as_float(part[r].w);
+  }
+  float before[4] = {low(old.x), high(old.x), low(old.y), high(old.y)}, square = 0.f;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    p[j] = rounded(before[j] + rounded(rounded(p[j]) * rounded(g[j])));
+    square += p[j] * p[j];
+  }
+  float r = rsqrtf(block_sum<kResidualThreads / 32>(square) / WIDTH + EPS);
+  *(uint2*)(x + at) = make_uint2(pack(p[0], p[1]), pack(p[2], p[3]));
+  *(uint2*)(normed + at) = make_uint2(
+      pack(p[0] * r * (1.f + scale4.x) + shift4.x, p[1] * r * (1.f + scale4.y) + shift4.y),
+      pack(p[2] * r * (1.f + scale4.z) + shift4.z, p[3] * r * (1.f + scale4.w) + shift4.w));
+}
+
+extern "C" __global__ void __launch_bounds__(kResidualThreads, 1) residual_attention(
+    const float* partials,         // (ranges of K, H, WIDTH)
+    const float* gate,             // (WIDTH,)
+    const float* next_modulation,  // (2, WIDTH): scale, shift
+    bf16* x,                       // (H, WIDTH), updated
+    bf16* normed) {                // (H, WIDTH), written
+  add_gated<Out::kRanges>(partials, gate, next_modulation, x, normed);
+}
+
+extern "C" __global__ void __launch_bounds__(kResidualThreads, 1) residual_mlp(
+    const float* partials, const float* gate, const float* next_modulation, bf16* x,
+    bf16* normed) {
+  add_gated<Down::kRanges>(partials, gate, next_modulation, x, normed);
+}
+
+// One block per token, a thread has two features.
+constexpr int kEndThreads = WIDTH / 2;
+constexpr int kEndWarps = kEndThreads / 32;
+
+extern "C" __global__ void __launch_bounds__(kEndThreads) step_end(
+    bf16* normed,                           // (H, WIDTH): read if leave, written if enter
+    const float* w_out, const float* b_out,  // (ACTIONS, WIDTH), (ACTIONS,)
+    const float* w_in, const float* b_in,    // (WIDTH, ACTIONS), (WIDTH,)
+    const float* modulation,                 // (2, WIDTH) of the next step's first norm
+    const float* from, float* to,            // (H, ACTIONS) before and, if leave, after the step
+    bf16* x,                                 // (H, WIDTH), written if enter
+    float dt, int leave, int enter) {
+  __shared__ __align__(16) float x_t[ACTIONS];
+  __shared__ u64 arrived;
+  let_next_start();
+  float* weights = (float*)shared_memory;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x * 2;
+  if (threadIdx.x == 0 && leave) {
+    barrier_init(&arrived);
+    barrier_init_done();
+    barrier_expect(&arrived, ACTIONS * WIDTH * 4);
+    copy_bulk(weights, w_out, ACTIONS * WIDTH * 4, &arrived);
+  }
+  float4 in[2][ACTIONS / 4];
+  if (enter) {
+#pragma unroll
+    for (int f = 0; f < 2; f++)
+#pragma unroll
+      for (int i = 0; i < ACTIONS / 4; i++)
+        in[f][i] = *(const float4*)(w_in + (size_t)(column + f) * ACTIONS + i * 4);
+  }
+  wait_for_previous();
+  size_t token = blockIdx.x;
+  if (leave) {
+    float y[WIDTH / 32];
+#pragma unroll
+    for (int i = 0; i < WIDTH / 128; i++) {
+      uint2 pairs = __ldcg((const uint2*)(normed + token * WIDTH + i * 128 + lane * 4));
+      y[4 * i] = low(pairs.x), y[4 * i + 1] = high(pairs.x);
+      y[4 * i + 2] = low(pairs.y), y[4 * i + 3] = high(pairs.y);
+    }
+    __syncthreads();  // the barrier exists
+    barrier_wait(&arrived);
+    for (int action = warp; action < ACTIONS; action += kEndWarps) {
+      float v = 0.f;
+#pragma unroll
+      for (int i = 0; i < WIDTH / 128; i++) {
+        float4 w = *(const float4*)(weights + action * WIDTH + i * 128 + lane * 4);
+        v += w.x * y[4 * i] + w.y * y[4 * i + 1] + w.z * y[4 * i + 2] + w.w * y[4 * i + 3];
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) v += __shfl_xor_sync(~0u, v, step);
+      if (lane == 0) {
+        float moved = from[token * ACTIONS + action] + dt * (v + b_out[action]);
+        to[token * ACTIONS + action] = x_t[action] = moved;
+      }
+    }
+  } else if (threadIdx.x < ACTIONS) {
+    x_t[threadIdx.x] = from[token * ACTIONS + threadIdx.x];
+  }
+  if (!enter) return;
+  __syncthreads();
+  float h[2], square = 0.f;
+#pragma unroll
+  for (int f = 0; f < 2; f++) {
+    h[f] = 0.f;
+#pragma unroll
+    for (int i = 0; i < ACTIONS / 4; i++) {
+      float4 v = *(const float4*)(x_t + i * 4);
+      h[f] += in[f][i].x * v.x + in[f][i].y * v.y + in[f][i].z * v.z + in[f][i].w * v.w;
+    }
+    h[f] = rounded(h[f] + b_in[column + f]);
+    square += h[f] * h[f];
+  }
+  float r = rsqrtf(block_sum<kEndWarps>(square) / WIDTH + EPS);
+  float2 scale = *(const float2*)(modulation + column);
+  float2 shift = *(const float2*)(modulation + WIDTH + column);
+  *(u32*)(x + token * WIDTH + column) = pack(h[0], h[1]);
+  *(u32*)(normed + token * WIDTH + column) =
+      pack(h[0] * r * (1.f + scale.x) + shift.x, h[1] * r * (1.f + scale.y) + shift.y);
+}

@@ -1,0 +1,211 @@
+"""How the Hopper kernels cut up a layer, and how their weights lie in memory.
+
+The weights of a block are one contiguous range in the order in which the matrix instruction takes
+them, so that bulk copies bring them to shared memory and a lane reads 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pi05_ros.engine.expert_weights import ExpertWeights
+from pi05_ros.model.config import GemmaConfig, Pi05Config
+
+THREADS = 256
+_WARPS = THREADS // 32
+_QUERY_BLOCK = 32
+_MAX_HORIZON = 64
+_MAX_RANGES = 16
+_BLOCK_BYTES = 224 * 1024  # dynamic shared memory of a block, beside what the kernels declare
+_TILE = 16  # weight rows of one matrix instruction
+# Shared memory that a block asks for at least. A kernel that starts early finds some
+# multiprocessors empty; several of its blocks on one of them would take turns.
+_ALONE_BYTES = 116 * 1024  # no second block of the kernel fits beside it
+_PAIR_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
+PRODUCTS = ('qkv', 'attention_out', 'gate_up', 'down')  # fields of plan and weights alike
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One product: ``features`` weight rows and ``depth`` columns of K per block."""
+
+    features: int
+    depth: int
+    least_bytes: int = 0  # of shared memory
+
+    def blocks(self, rows: int, columns: int) -> int:
+        """Return the number of blocks for weights of (rows, columns)."""
+        return rows // self.features * (columns // self.depth)
+
+    def shared_bytes(self, horizon: int) -> int:
+        """Return the shared memory of a block: its weights, then the sums in their place."""
+        tokens = -(-horizon // 8) * 8
+        groups = _WARPS // (2 if tokens > 32 else 1)
+        sums = 4 * groups * tokens * (self.features + 4)
+        return max(2 * self.features * self.depth, sums, self.least_bytes)
+
+
+@dataclass(frozen=True)
+class HopperPlan:
+    """The sizes that the kernels are compiled for."""
+
+    qkv: Slab
+    attention_out: Slab
+    gate_up: Slab
+    down: Slab
+    ranges: int  # of keys
+    keys: int  # of a range, at most
+
+    def attend_bytes(self, head_dim: int) -> int:
+        """Return the shared memory of an attention block: keys, values, queries or weights."""
+        row = max(head_dim + 32, self.keys + 8)
+        needed = 2 * (self.keys * (2 * head_dim + 40) + _QUERY_BLOCK * row)
+        return max(needed, _ALONE_BYTES)
+
+
+def query_blocks(expert: GemmaConfig, horizon: int) -> int:
+    """Return the blocks that share one range of keys."""
+    return -(-expert.num_heads * horizon // _QUERY_BLOCK)
+
+
+def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: int) -> HopperPlan:
+    """Return the plan for a model shape that fits (:func:`hopper_misfit`).
+
+    Args:
+        max_prefix: prefix rows that there is room for.
+        processors: multiprocessors of the GPU.
+    """
+    ranges = max(1, min(_MAX_RANGES, processors // query_blocks(expert, horizon)))
+    keys = -(-(max_prefix + horizon) // ranges)
+    heads = expert.num_heads * expert.head_dim
+    return HopperPlan(
+        qkv=Slab(32, expert.width, _ALONE_BYTES),
+        attention_out=Slab(32, heads // 4, _PAIR_BYTES),
+        gate_up=Slab(64, expert.width),
+        down=Slab(64, expert.mlp_dim // 8, _PAIR_BYTES),
+        ranges=ranges,
+        keys=-(-keys // 16) * 16,
+    )
+
+
+def hopper_misfit(
+    config: Pi05Config, horizon: int, max_prefix: int, processors: int
+) -> str | None:
+    """Return why the kernels cannot take a model shape, or None if they can."""
+    expert = config.expert
+    if (
+        expert.num_kv_heads != 1
+        or expert.head_dim != 256
+        or expert.width != 1024
+        or expert.mlp_dim % 2048
+        or expert.num_heads * expert.head_dim % 1024
+        or config.action_dim % 4
+        or config.action_dim > 48
+    ):
+        return 'they are made for the released expert'
+    if horizon > _MAX_HORIZON:
+        return f'they take a horizon up to {_MAX_HORIZON}, not {horizon}'
+    plan = hopper_plan(expert, horizon, max_prefix, processors)
+    slabs = [getattr(plan, name).shared_bytes(horizon) for name in PRODUCTS]
+    needed = max(plan.attend_bytes(expert.head_dim), *slabs)
+    if needed > _BLOCK_BYTES:
+        return f'a block needs {needed} bytes of shared memory, there are {_BLOCK_BYTES}'
+    return None
+
+
+def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int | str]:
+    """Return the macros that the source is compiled with."""
+    expert = config.expert
+    return {
+        'HORIZON': horizon,
+        'WIDTH': expert.width,
+        'MLP': expert.mlp_dim,
+        'HEADS': expert.num_heads,
+        'HEAD_DIM': expert.head_dim,
+        'ACTIONS': config.action_dim,
+        'EPS': f'{expert.rms_norm_eps}f',
+        'QKV_TILES': plan.qkv.features // _TILE,
+        'OUT_TILES': plan.attention_out.features // _TILE,
+        'OUT_DEPTH': plan.attention_out.depth,
+        'UP_TILES': plan.gate_up.features // _TILE,
+        'DOWN_TILES': plan.down.features // _TILE,
+        'DOWN_DEPTH': plan.down.depth,
+        'RANGES': plan.ranges,
+        'KEYS': plan.keys,
+    }
+
+
+def pack_weights(weights: ExpertWeights, plan: HopperPlan, expert: GemmaConfig) -> ExpertWeights:
+    """Return the weights with those of the four products as the kernels read them."""
+    return _repacked(weights, plan, expert, pack)
+
+
+def unpack_weights(weights: ExpertWeights, plan: HopperPlan, expert: GemmaConfig) -> ExpertWeights:
+    """Return what :func:`pack_weights` was given."""
+    return _repacked(weights, plan, expert, unpack)
+
+
+def qkv_order(features: int, expert: GemmaConfig) -> Tensor:
+    """Return the rows of q, k and v by block: first halves of rotation pairs, then second ones."""
+    half, pairs = expert.head_dim // 2, features // 2
+    pair = torch.arange((expert.num_heads + 2) * half).view(-1, pairs)
+    first = pair // half * expert.head_dim + pair % half
+    return torch.cat([first, first + half], dim=1).flatten()
+
+
+def gate_up_order(features: int, expert: GemmaConfig) -> Tensor:
+    """Return the rows of gate and up by block: gate rows, then the up rows that belong to them."""
+    gate = torch.arange(expert.mlp_dim).view(-1, features // 2)
+    return torch.cat([gate, gate + expert.mlp_dim], dim=1).flatten()
+
+
+def pack(weight: Tensor, slab: Slab, order: Tensor | None = None) -> Tensor:
+    """Return a weight (N, K) as the kernels read it, of the same shape.
+
+    By block (features, then ranges of K), step of 32 K, tile of 16 rows and lane: the operands of
+    two m16n8k16 instructions. Lane 4 g + q has rows g and g + 8 and the columns 8 q to 8 q + 7.
+    """
+    rows = weight if order is None else weight[order.to(weight.device)]
+    parts = rows.view(*_split(weight, slab))
+    return parts.permute(*_PACKED).reshape(weight.shape)
+
+
+def unpack(packed: Tensor, slab: Slab, order: Tensor | None = None) -> Tensor:
+    """Return the weight that :func:`pack` was given."""
+    shape = _split(packed, slab)
+    parts = packed.view(*(shape[i] for i in _PACKED))
+    inverse = sorted(range(len(_PACKED)), key=_PACKED.__getitem__)
+    rows = parts.permute(*inverse).reshape(packed.shape)
+    if order is None:
+        return rows
+    weight = torch.empty_like(rows)
+    weight[order.to(rows.device)] = rows
+    return weight
+
+
+# From (feature block, tile, half, row, K range, step, quad, instruction, pair, element).
+_PACKED = (0, 4, 5, 1, 7, 3, 6, 8, 2, 9)
+
+
+def _split(weight: Tensor, slab: Slab) -> Sequence[int]:
+    rows, columns = weight.shape
+    return (
+        rows // slab.features, slab.features // _TILE, 2, 8,
+        columns // slab.depth, slab.depth // 32, 4, 2, 2, 2,
+    )  # fmt: skip
+
+
+def _repacked(weights: ExpertWeights, plan: HopperPlan, expert: GemmaConfig, how) -> ExpertWeights:
+    orders = {
+        'qkv': qkv_order(plan.qkv.features, expert),
+        'gate_up': gate_up_order(plan.gate_up.features, expert),
+    }
+    changes = {}
+    for name in PRODUCTS:
+        layers, slab = getattr(weights, name), getattr(plan, name)
+        changes[name] = torch.stack([how(layer, slab, orders.get(name)) for layer in layers])
+    return replace(weights, **changes)

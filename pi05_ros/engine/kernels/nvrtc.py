@@ -1,0 +1,123 @@
+"""Compile CUDA C++ when a stage is built, and launch it on PyTorch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi05_ros.engine.pipeline import BackendError
+
+
+def compile_module(source: Path, headers: Sequence[Path], macros: Mapping[str, int | str]) -> Any:
+    """Return the driver's module of a source, compiled for the current device.
+
+    Raises:
+        BackendError: the package cuda-bindings is missing, or the source does not compile.
+    """
+    driver, nvrtc = _bindings()
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            source.read_bytes(), source.name.encode(), len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
+        ),
+        'NVRTC',
+    )  # fmt: skip
+    major, minor = torch.cuda.get_device_capability()
+    options = [f'--gpu-architecture=sm_{major}{minor}', '--std=c++17']
+    options += [f'-D{name}={value}' for name, value in macros.items()]
+    encoded = [option.encode() for option in options]
+    if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), 'NVRTC'))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendError(f'{source.name} does not compile: {log.decode(errors="replace")}')
+    image = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), 'NVRTC'))
+    _checked(nvrtc.nvrtcGetCUBIN(program, image), 'NVRTC')
+    nvrtc.nvrtcDestroyProgram(program)
+    torch.cuda.synchronize()  # makes PyTorch's context current; the module is loaded into it
+    return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
+
+
+class CudaKernel:
+    """One kernel of a module with its launch shape."""
+
+    def __init__(
+        self, module: Any, name: str, blocks: int, threads: int, shared_bytes: int = 0
+    ) -> None:
+        driver, _ = _bindings()
+        self._driver, self._name = driver, name
+        self._function = _checked(driver.cuModuleGetFunction(module, name.encode()), name)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(
+            driver.cuFuncSetAttribute(self._function, attribute, shared_bytes),
+            f'{name}: {shared_bytes} bytes of shared memory',
+        )
+        # All kernels of a chain want the same split of L1 and shared memory: a multiprocessor
+        # changes it only when it is empty, so kernels could not overlap.
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _checked(driver.cuFuncSetAttribute(self._function, carveout, 100), name)
+        shape = (blocks, threads, shared_bytes)
+        self._configs = {early: self._config(*shape, early) for early in (False, True)}
+
+    def launch(self, arguments: Sequence[Tensor | float | int], *, early: bool) -> None:
+        """Enqueue the kernel on the current stream.
+
+        Args:
+            arguments: tensors as pointers, floats as float, integers as int.
+            early: it may start before the kernel before it has completed, for which it waits
+                itself (programmatic dependent launch).
+        """
+        values, kinds = zip(*map(_argument, arguments), strict=True)
+        config = self._configs[early]
+        config.hStream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        _checked(
+            self._driver.cuLaunchKernelEx(config, self._function, (values, kinds), 0),
+            f'launching {self._name}',
+        )
+
+    def _config(self, blocks: int, threads: int, shared_bytes: int, early: bool) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.attrs, config.numAttrs = [], 0
+        if early:
+            overlap = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            overlap.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [overlap], 1
+        return config
+
+
+def _argument(value: Tensor | float | int) -> tuple[float | int, Any]:
+    if isinstance(value, Tensor):
+        return value.data_ptr(), ctypes.c_void_p
+    if isinstance(value, float):
+        return value, ctypes.c_float
+    return value, ctypes.c_int
+
+
+def _bindings() -> Any:
+    """Return (driver, nvrtc) of the cuda-bindings package."""
+    try:
+        from cuda.bindings import driver, nvrtc
+    except ImportError as missing:
+        raise BackendError(
+            f'the Hopper kernels need the package cuda-bindings ({missing}); install it'
+        ) from None
+    return driver, nvrtc
+
+
+def _checked(result: tuple, doing: str) -> Any:
+    """Return the values of a driver or NVRTC call, or raise with its error name."""
+    error, *values = result
+    if int(error) != 0:
+        raise BackendError(f'{doing} failed: {error!r}')
+    return values[0] if len(values) == 1 else values

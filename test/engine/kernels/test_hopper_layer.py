@@ -1,0 +1,207 @@
+"""The Hopper kernels against their plain twins.
+
+Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.h), and on a Hopper GPU as they are.
+"""
+
+import ctypes
+import math
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi05_ros.engine.kernels import euler, hopper_layout, small_gemm, split_attention
+from pi05_ros.engine.kernels.adarms import GATE, adarms_reference
+from pi05_ros.engine.kernels.hopper_layout import HopperPlan, Slab, defines, pack, unpack
+from pi05_ros.model.config import Pi05Config
+
+_HERE = Path(__file__).parent
+_SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
+_FULL = Pi05Config.full()
+_EXPERT = replace(_FULL.expert, width=256, depth=1, mlp_dim=512, num_heads=2)
+_CONFIG = replace(_FULL, expert=_EXPERT, vlm=replace(_FULL.vlm, depth=1, num_heads=2))
+_ACTIONS, _ROOM = _CONFIG.action_dim, 96
+_PLAN = HopperPlan(
+    qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
+    ranges=3, keys=64,
+)  # fmt: skip
+
+
+class CpuKernels:
+    """The kernels of one horizon, compiled for the CPU."""
+
+    def __init__(self, horizon: int, folder: Path) -> None:
+        self.horizon = horizon
+        library = folder / f'layer_{horizon}.so'
+        sizes = defines(_PLAN, _CONFIG, horizon)
+        command = ['c++', '-std=c++17', '-O2', '-w', '-shared', '-fPIC', '-o', str(library)]
+        command += [f'-D{name}={value}' for name, value in sizes.items()]
+        command += [f'-DSOURCE="{_SOURCE}"', str(_HERE / 'cuda_on_cpu_main.cpp')]
+        subprocess.run(command, check=True)
+        self._library = ctypes.CDLL(str(library))
+
+    def __call__(self, name: str, blocks: int, *arguments, threads: int = 256) -> None:
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor)
+            else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a)
+            for a in arguments
+        ]  # fmt: skip
+        addresses = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values)
+        )
+        getattr(self._library, f'on_cpu_{name}')(blocks, threads, addresses)
+
+
+class GpuKernels:
+    """The same on the GPU; arguments are copied there and back."""
+
+    def __init__(self, horizon: int) -> None:
+        from pi05_ros.engine.kernels.nvrtc import compile_module
+
+        self.horizon = horizon
+        sizes = defines(_PLAN, _CONFIG, horizon)
+        self._module = compile_module(_SOURCE, sorted(_SOURCE.parent.glob('*.cuh')), sizes)
+        self._shared_bytes = {
+            name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
+        } | {
+            'attend': _PLAN.attend_bytes(_EXPERT.head_dim),
+            'step_end': 4 * _ACTIONS * _EXPERT.width,
+        }
+
+    def __call__(self, name: str, blocks: int, *arguments, threads: int = 256) -> None:
+        from pi05_ros.engine.kernels.nvrtc import CudaKernel
+
+        shared_bytes = self._shared_bytes.get(name, 0)
+        kernel = CudaKernel(self._module, name, blocks, threads, shared_bytes)
+        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        kernel.launch(there, early=False)
+        for mine, its in zip(arguments, there, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(its)
+
+
+@pytest.fixture(scope='module', params=[50, 10, 33])
+def kernels(request, tmp_path_factory) -> CpuKernels | GpuKernels:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return GpuKernels(request.param)
+    return CpuKernels(request.param, tmp_path_factory.mktemp('kernels'))
+
+
+def _randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(3)
+
+
+@pytest.mark.parametrize('slab', [Slab(32, 128), Slab(64, 64)])
+def test_unpacking_gives_the_packed_weight_back(slab):
+    weight = _randn(128, 256)
+    order = torch.randperm(128)
+    assert torch.equal(unpack(pack(weight, slab), slab), weight)
+    assert torch.equal(unpack(pack(weight, slab, order), slab, order), weight)
+    assert not torch.equal(pack(weight, slab), weight)
+
+
+def test_qkv_is_rotated(kernels):
+    h, width = kernels.horizon, _EXPERT.width
+    normed, weight = _randn(h, width), _randn(4 * 256, width, scale=width**-0.5)
+    angle = torch.rand(_ROOM + h, 128) * 6
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    start = torch.tensor([7], dtype=torch.int32)
+    out = torch.full((4, h, 256), float('nan'), dtype=torch.bfloat16)
+    packed = pack(weight, _PLAN.qkv, hopper_layout.qkv_order(32, _EXPERT))
+    kernels('qkv', _PLAN.qkv.blocks(*weight.shape), normed, packed, cos, sin, start, out)
+    heads = (normed.float() @ weight.float().T).bfloat16().unflatten(-1, (4, 256)).transpose(0, 1)
+    first, second = heads[:-1].chunk(2, dim=-1)
+    c, s = cos[7 : 7 + h], sin[7 : 7 + h]
+    expected = torch.cat(
+        [torch.cat([first * c - second * s, second * c + first * s], -1), heads[-1:]]
+    )
+    assert _cosine(out, expected) > 0.999995
+
+
+def test_gate_and_up_make_geglu(kernels):
+    h, width, hidden = kernels.horizon, _EXPERT.width, _EXPERT.mlp_dim
+    normed, weight = _randn(h, width), _randn(2 * hidden, width, scale=width**-0.5)
+    out = torch.full((h, hidden), float('nan'), dtype=torch.bfloat16)
+    packed = pack(weight, _PLAN.gate_up, hopper_layout.gate_up_order(64, _EXPERT))
+    kernels('gate_up', _PLAN.gate_up.blocks(*weight.shape), normed, packed, out)
+    gate, up = torch.nn.functional.linear(normed, weight).chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate='tanh') * up
+    assert _cosine(out, expected) > 0.999995
+
+
+@pytest.mark.parametrize('name', ['attention_out', 'down'])
+def test_a_product_reaches_the_residual_stream_and_the_next_norm(kernels, name):
+    h, width = kernels.horizon, _EXPERT.width
+    slab = getattr(_PLAN, name)
+    depth = 512
+    tokens, weight = _randn(h, depth), _randn(width, depth, scale=depth**-0.5)
+    modulation, following = _randn(2, 3, width, dtype=torch.float32)
+    x = _randn(h, width)
+    partials = torch.full((depth // slab.depth, h, width), float('nan'))
+    normed = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
+    before = x.clone()
+    packed = pack(weight, slab)
+    kernels(name, slab.blocks(*weight.shape), tokens, packed, partials)
+    assert torch.allclose(partials.sum(0), tokens.float() @ weight.float().T, atol=1e-4)
+    residual = 'residual_attention' if name == 'attention_out' else 'residual_mlp'
+    kernels(
+        residual, h, partials, modulation[GATE].contiguous(), following.contiguous(), x, normed,
+        threads=width // 4,
+    )  # fmt: skip
+    expected = small_gemm.gated_residual_reference(before, tokens, weight, modulation)
+    assert _cosine(x, expected) > 0.999995
+    assert _cosine(normed, adarms_reference(x, following, _EXPERT.rms_norm_eps)) > 0.999995
+
+
+@pytest.mark.parametrize('prefix', [90, 64, 3])
+def test_attention_sees_prefix_and_suffix(kernels, prefix):
+    h = kernels.horizon
+    qkv, keys, values = _randn(4, h, 256), _randn(_ROOM, 256), _randn(_ROOM, 256)
+    keys[prefix:], values[prefix:] = float('nan'), float('nan')
+    n_prefix = torch.tensor([prefix], dtype=torch.int32)
+    rows = 2 * h
+    parts = torch.full((_PLAN.ranges, rows, 256), float('nan'), dtype=torch.bfloat16)
+    log_sums = torch.full((_PLAN.ranges, rows), float('nan'))
+    attended = torch.full((h, 512), float('nan'), dtype=torch.bfloat16)
+    scale = 256**-0.5 * math.log2(math.e)
+    blocks = hopper_layout.query_blocks(_EXPERT, h) * _PLAN.ranges
+    kernels('attend', blocks, qkv, keys, values, n_prefix, parts, log_sums, scale)
+    kernels('merge', -(-rows // 8), parts, log_sums, attended)
+    expected = split_attention.attention_reference(qkv, keys[:prefix], values[:prefix])
+    assert _cosine(attended, expected) > 0.9999
+
+
+@pytest.mark.parametrize('leave, enter', [(0, 1), (1, 1), (1, 0)])
+def test_a_step_ends_in_float32(kernels, leave, enter):
+    h, width = kernels.horizon, _EXPERT.width
+    normed = _randn(h, width)
+    y = normed.clone()
+    w_out, b_out = torch.randn(_ACTIONS, width) * width**-0.5, torch.randn(_ACTIONS)
+    w_in, b_in = torch.randn(width, _ACTIONS) * _ACTIONS**-0.5, torch.randn(width)
+    modulation = torch.randn(3, width)
+    before, after = torch.randn(h, _ACTIONS), torch.full((h, _ACTIONS), float('nan'))
+    x = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
+    kernels(
+        'step_end', h, normed, w_out, b_out, w_in, b_in, modulation, before, after, x,
+        -0.1, leave, enter, threads=width // 2,
+    )  # fmt: skip
+    x_t = before
+    if leave:
+        x_t = before - 0.1 * (y.float() @ w_out.T + b_out)
+        assert torch.allclose(after, x_t, atol=1e-5)
+    if enter:
+        expected = euler.enter_reference(x_t, w_in, b_in, torch.bfloat16)
+        assert _cosine(x, expected) > 0.999995
+        assert _cosine(normed, adarms_reference(x, modulation, 1e-6)) > 0.999995
