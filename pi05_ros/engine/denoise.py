@@ -20,7 +20,8 @@ from pi05_ros.engine.expert_weights import ExpertWeights, expert_weights
 from pi05_ros.engine.hopper_chain import HopperChain, hopper_obstacle
 from pi05_ros.engine.kernels import euler, small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import table_row
-from pi05_ros.engine.kernels.launch import has_pdl, is_interpreted
+from pi05_ros.engine.kernels.launch import is_interpreted
+from pi05_ros.engine.kernels.nvrtc import has_bindings
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.engine.triton_chain import TritonChain
 from pi05_ros.model.config import Pi05Config
@@ -83,12 +84,14 @@ class DenoiseStage:
         self.chain = self._triton_chain(self.weights, tuning)
 
     def _choose_chain(self, weights: ExpertWeights) -> TritonChain | HopperChain:
-        """Decide which kernels run here, and say why it is not the faster ones."""
+        """Decide which kernels run here, and say why."""
         obstacle = hopper_obstacle(self.config, self.buffers)
-        if obstacle is None:
+        if obstacle is None and has_bindings():
             return HopperChain(self.config, weights, self.buffers, self.noise, self.actions)
-        if has_pdl(self.device):
-            _log.info('the denoise runs without the Hopper kernels: %s', obstacle)
+        if obstacle is None:
+            _log.warning('the package cuda-bindings is missing: the denoise takes longer without')
+        else:
+            _log.info('the denoise runs the Triton kernels: %s', obstacle)
         tuning = load_denoise_tuning(self.device, self.config.expert, row_block(self.horizon))
         return self._triton_chain(weights, tuning)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,15 +13,14 @@ from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import hopper_layout
 from pi05_ros.engine.kernels.adarms import GATE, table_row
 from pi05_ros.engine.kernels.hopper_layout import PRODUCTS, THREADS
-from pi05_ros.engine.kernels.launch import has_pdl
 from pi05_ros.engine.kernels.nvrtc import CudaKernel, compile_module
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.sampler import step_size
 
 _SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
-_HEADERS = [
+_HEADERS = tuple(
     _SOURCE.with_name(f'hopper{part}.cuh') for part in ('', '_block', '_product', '_attention')
-]
+)
 # Products that get a block on every multiprocessor, see hopper_product.cuh.
 _SPREAD = ('attention_out', 'gate_up', 'down')
 
@@ -30,12 +28,10 @@ _SPREAD = ('attention_out', 'gate_up', 'down')
 def hopper_obstacle(config: Pi05Config, buffers: LayerBuffers) -> str | None:
     """Return why the chain cannot run with these buffers, or None if it can."""
     device, dtype = buffers.x.device, buffers.x.dtype
-    if not has_pdl(device):
-        return f'{device} has no compute capability of 9.0 or more'
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
+        return f'{device} is no Hopper GPU'
     if dtype != torch.bfloat16:
         return f'they compute in bfloat16, not in {dtype}'
-    if find_spec('cuda') is None or find_spec('cuda.bindings') is None:
-        return 'the package cuda-bindings is not installed'
     return hopper_layout.hopper_misfit(
         config, buffers.x.shape[0], buffers.keys.shape[1], _processors(device)
     )
@@ -93,10 +89,8 @@ class HopperChain:
     def _compile(self) -> dict[str, CudaKernel]:
         plan, config, horizon = self.plan, self.config, self.horizon
         expert, device = config.expert, self._noise.device
-        with torch.cuda.device(device):
-            module = compile_module(
-                _SOURCE, _HEADERS, hopper_layout.defines(plan, config, horizon)
-            )
+        macros = tuple(hopper_layout.defines(plan, config, horizon).items())
+        module = compile_module(_SOURCE, _HEADERS, macros, device)
         rows = expert.num_heads * horizon
         shapes = {
             'attend': (

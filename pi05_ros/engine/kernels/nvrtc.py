@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,17 @@ from torch import Tensor
 from pi05_ros.engine.pipeline import BackendError
 
 
-def compile_module(source: Path, headers: Sequence[Path], macros: Mapping[str, int | str]) -> Any:
-    """Return the driver's module of a source, compiled for the current device.
+def has_bindings() -> bool:
+    """Return whether the package cuda-bindings is there; PyTorch's CUDA packages bring it."""
+    return find_spec('cuda') is not None and find_spec('cuda.bindings') is not None
+
+
+@cache
+def compile_module(
+    source: Path, headers: tuple[Path, ...], macros: tuple[tuple[str, int | str], ...],
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """Return the driver's module of a source, compiled once per process, device and macros.
 
     Raises:
         BackendError: the package cuda-bindings is missing, or the source does not compile.
@@ -28,9 +39,9 @@ def compile_module(source: Path, headers: Sequence[Path], macros: Mapping[str, i
         ),
         'NVRTC',
     )  # fmt: skip
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     options = [f'--gpu-architecture=sm_{major}{minor}', '--std=c++17']
-    options += [f'-D{name}={value}' for name, value in macros.items()]
+    options += [f'-D{name}={value}' for name, value in macros]
     encoded = [option.encode() for option in options]
     if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), 'NVRTC'))
@@ -39,8 +50,9 @@ def compile_module(source: Path, headers: Sequence[Path], macros: Mapping[str, i
     image = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), 'NVRTC'))
     _checked(nvrtc.nvrtcGetCUBIN(program, image), 'NVRTC')
     nvrtc.nvrtcDestroyProgram(program)
-    torch.cuda.synchronize()  # makes PyTorch's context current; the module is loaded into it
-    return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
+    torch.cuda.synchronize(device)  # makes PyTorch's context current; the module is loaded there
+    with torch.cuda.device(device):
+        return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
 
 
 class CudaKernel:

@@ -1,6 +1,6 @@
 """The Hopper kernels against their plain twins.
 
-Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.h), and on a Hopper GPU as they are.
+Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.h); as they are on a Hopper GPU.
 """
 
 import ctypes
@@ -61,8 +61,9 @@ class GpuKernels:
         from pi05_ros.engine.kernels.nvrtc import compile_module
 
         self.horizon = horizon
-        sizes = defines(_PLAN, _CONFIG, horizon)
-        self._module = compile_module(_SOURCE, sorted(_SOURCE.parent.glob('*.cuh')), sizes)
+        sizes = tuple(defines(_PLAN, _CONFIG, horizon).items())
+        headers = tuple(_SOURCE.parent.glob('*.cuh'))
+        self._module = compile_module(_SOURCE, headers, sizes, torch.device('cuda'))
         self._shared_bytes = {
             name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
         } | {
