@@ -13,6 +13,8 @@ import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 
+from pi05_ros.control.device import first_line
+
 from .lifecycle import ManagedNode
 from .signals import StopSignal
 
@@ -24,15 +26,19 @@ def run(make_node: Callable[[StopSignal], ManagedNode], args: Sequence[str] | No
 
     Args:
         args: command line with ``--ros-args``; None takes the process's.
-    Returns: the exit code.
+    Returns: the exit code; 1 if ROS 2 does not start.
     """
     stop = StopSignal()
     stop.install()
-    # rclpy's handlers would shut the context down before a last command could be published.
-    rclpy.init(
-        args=None if args is None else list(args),
-        signal_handler_options=SignalHandlerOptions.NO,
-    )
+    try:
+        # rclpy's handlers would shut the context down before a last command could be published.
+        rclpy.init(
+            args=None if args is None else list(args),
+            signal_handler_options=SignalHandlerOptions.NO,
+        )
+    except RuntimeError as error:  # of rcl: its arguments, its log folder, its middleware
+        print(f'pi05_ros: ROS 2 does not start: {first_line(error)}', file=sys.stderr)
+        return 1
     try:
         node = make_node(stop)
         executor = SingleThreadedExecutor()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,3 +134,23 @@ def test_faults_of_a_camera_in_another_process_are_named(start, checkpoint):
     by_reason = sum(n for name, n in counts.items() if name not in ('ticks', 'actions', 'skipped'))
     assert counts['ticks'] == counts['actions'] + counts['skipped']
     assert counts['skipped'] == by_reason
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'folder', 'said'),
+    [
+        (['--ros-args', '-p', 'rate_hz'], 'logs', 'rate_hz'),
+        ([], 'file/logs', 'log directory'),
+    ],
+)
+def test_why_ros_does_not_start_is_said_without_a_traceback(tmp_path, arguments, folder, said):
+    (tmp_path / 'file').touch()
+    result = subprocess.run(
+        [sys.executable, '-m', 'pi05_ros.policy_node', *arguments],
+        env={**os.environ, 'ROS_LOG_DIR': str(tmp_path / folder)},
+        capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.match(f'pi05_ros: ROS 2 does not start: .*{said}', last)
+    assert 'Traceback' not in result.stderr
