@@ -106,6 +106,7 @@ class CudaPipeline(Pipeline):
         tokens: np.ndarray,
         noise: np.ndarray,
         num_steps: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> InferenceResult:
         """Run the captured stages once; see :meth:`Pipeline.infer`."""
         start = time.perf_counter()
@@ -130,12 +131,27 @@ class CudaPipeline(Pipeline):
             clock.mark(5, stream)
             self._host_actions.copy_(self.denoise.actions, non_blocking=True)
             clock.mark(6, stream)
+        if meanwhile is not None:
+            meanwhile()
         clock.wait()
         self.calls += 1
         actions = self._host_actions.numpy().copy()
         total_ms = (time.perf_counter() - start) * 1e3
         times = [*clock.intervals_ms(), total_ms]
         return InferenceResult(actions, StageTimes(*times))
+
+    @torch.inference_mode()
+    def rehearse(
+        self,
+        images: Sequence[np.ndarray],
+        tokens: np.ndarray,
+        noise: np.ndarray,
+        num_steps: int | None = None,
+    ) -> None:
+        """Check a call and write its inputs, which the next call overwrites."""
+        super().rehearse(images, tokens, noise, num_steps)
+        self._check_tokens(tokens)
+        self._inputs.write(images, tokens, noise, self.prefill.num_image_rows)
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return page-locked memory; an image in it is copied to the device from there.

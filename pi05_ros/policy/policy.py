@@ -14,7 +14,10 @@ seed and tick alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -79,7 +82,8 @@ class PolicyInfo:
 class Policy:
     """A loaded checkpoint bound to one robot; made by :func:`.loading.load_policy`.
 
-    ``info`` says what runs: files, modes, backends.
+    ``info`` says what runs: files, modes, backends. ``while_computing`` is called in every
+    :meth:`act` while the host waits for a device; what it does must not take longer than that.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Policy:
         self.pipeline = pipeline
         self._units = RobotUnits(robot)
         self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
+        self.while_computing: Callable[[], None] | None = None
         # Once, here: the hash reads the whole weights file, which must not happen in a tick.
         self.info = self._describe()
 
@@ -120,7 +125,9 @@ class Policy:
         shape = self.pipeline.shape
         state = self._state(observation)
         images, tokens, start = self._model_inputs(observation, state, tick, seed)
-        result = self.pipeline.infer(images, tokens, start, num_steps)
+        result = self.pipeline.infer(
+            images, tokens, start, num_steps, partial(self._rehearse_answer, start, state)
+        )
         return ActionChunk(
             actions=self._robot_actions(result.actions, state),
             names=self.robot.action_names,
@@ -140,6 +147,21 @@ class Policy:
         It is used if the next call is of this seed and tick; any other draws its own.
         """
         self._drawn = ((seed, tick), self._draw(seed, tick))
+
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        """Do what :meth:`act` does before the model runs; nothing of it is kept.
+
+        After a pause every operation comes from cold caches and takes several times as long.
+
+        Raises:
+            PolicyError, BackendError: as for :meth:`act`.
+        """
+        drawn = self._drawn
+        inputs = self._model_inputs(observation, self._state(observation), tick, seed)
+        self.pipeline.rehearse(*inputs, num_steps)
+        self._drawn = drawn
 
     def self_check(self, observation: Observation, min_cosine: float) -> tuple[StageCheck, ...]:
         """Compare every fast stage with the oracle on one real observation.
@@ -251,6 +273,13 @@ class Policy:
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
                 'expected a finite number',
             )
+
+    def _rehearse_answer(self, start: np.ndarray, state: np.ndarray) -> None:
+        """Do what :meth:`act` does after the model, with the noise in place of its actions."""
+        with suppress(PolicyError):  # the model's own are checked when they are there
+            self._robot_actions(start, state)
+        if self.while_computing is not None:
+            self.while_computing()
 
     def _robot_actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Return the model's (H, A) as (H, D) float32 in robot units, every value finite."""
