@@ -161,7 +161,7 @@ class PolicyNode(ManagedNode):
         try:
             session.rehearse()
         except Exception as error:  # the tick would meet it, too
-            self.fail(error)
+            self.fail(self._device_watch.explain(error))
 
     def _tick(self) -> None:
         session = self._session

@@ -97,7 +97,8 @@ class Pipeline(ABC):
             tokens: (T,) int64 prompt tokens without padding, 1 <= T <= max_prompt_tokens.
             noise: (horizon, action_dim) float32, the start of the flow.
             num_steps: Euler steps, at most ``shape.max_steps``; None takes ``shape.num_steps``.
-            meanwhile: called once while the device computes, if the host only waits for it.
+            meanwhile: called once while the device computes, if the host only waits for it; what
+                it does must be short against the denoise.
         Raises:
             BackendError: an argument does not fit ``shape``; nothing ran.
         """
@@ -109,7 +110,7 @@ class Pipeline(ABC):
         noise: np.ndarray,
         num_steps: int | None = None,
     ) -> None:
-        """Do what the host does in :meth:`infer` before the device starts, to warm its caches.
+        """Do what the host does in :meth:`infer` before the stages run, to warm its caches.
 
         Raises:
             BackendError: as for :meth:`infer`.

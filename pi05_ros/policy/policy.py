@@ -6,10 +6,9 @@ The way of the data, in the order of :meth:`Policy.act`::
     state   -> scale, robot transform, normalise -> bins -.          |
     prompt  -> one line of text --------------------------+-> tokens +-> pipeline -> actions
     seed, tick -> noise  --------------------------------------------'      |
-    actions -> unnormalise -> add the state -> cut, robot transform, scale <'
+    actions -> cut, unnormalise -> add the state -> robot transform, scale <'
 
-Nothing is kept from one call to the next, but for noise that was drawn beforehand: it depends on
-seed and tick alone.
+Nothing is kept from one call to the next but the noise, which depends on seed and tick alone.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -101,6 +101,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.pipeline = pipeline
         self._units = RobotUnits(robot)
+        # What the robot file gives is put together here: a tick is late by all that it does.
+        self._cameras = tuple(zip(robot.camera_names, pipeline.shape.view_sizes_px, strict=True))
+        self._action_names, self._step_s = robot.action_names, robot.step_s
         self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
         self.while_computing: Callable[[], None] | None = None
         # Once, here: the hash reads the whole weights file, which must not happen in a tick.
@@ -130,8 +133,8 @@ class Policy:
         )
         return ActionChunk(
             actions=self._robot_actions(result.actions, state),
-            names=self.robot.action_names,
-            step_s=self.robot.step_s,
+            names=self._action_names,
+            step_s=self._step_s,
             stamp_ns=observation.oldest_stamp_ns,
             stamps_ns=dict(observation.stamps_ns),
             tick=tick,
@@ -142,26 +145,21 @@ class Policy:
         )
 
     def prepare(self, *, tick: int, seed: int) -> None:
-        """Draw the noise of a later tick, while there is time.
-
-        It is used if the next call is of this seed and tick; any other draws its own.
-        """
-        self._drawn = ((seed, tick), self._draw(seed, tick))
+        """Draw the noise of a later tick, while there is time."""
+        self._noise(seed, tick)
 
     def rehearse(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
     ) -> None:
-        """Do what :meth:`act` does before the model runs; nothing of it is kept.
+        """Do what :meth:`act` does before the model runs; nothing but the noise is kept.
 
         After a pause every operation comes from cold caches and takes several times as long.
 
         Raises:
             PolicyError, BackendError: as for :meth:`act`.
         """
-        drawn = self._drawn
         inputs = self._model_inputs(observation, self._state(observation), tick, seed)
         self.pipeline.rehearse(*inputs, num_steps)
-        self._drawn = drawn
 
     def self_check(self, observation: Observation, min_cosine: float) -> tuple[StageCheck, ...]:
         """Compare every fast stage with the oracle on one real observation.
@@ -212,20 +210,20 @@ class Policy:
         """Return what :meth:`Pipeline.infer` takes: images, tokens (T,), noise (H, A)."""
         images = self._images(observation)
         tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
-        drawn, self._drawn = self._drawn, None
-        if drawn is not None and drawn[0] == (seed, tick):
-            return images, tokens, drawn[1]
-        return images, tokens, self._draw(seed, tick)
+        return images, tokens, self._noise(seed, tick)
 
-    def _draw(self, seed: int, tick: int) -> np.ndarray:
-        return noise(seed, tick, self.pipeline.shape.horizon, self.pipeline.config.action_dim)
+    def _noise(self, seed: int, tick: int) -> np.ndarray:
+        """Return the noise (H, A) float32 of a tick, which is drawn once."""
+        if self._drawn is None or self._drawn[0] != (seed, tick):
+            pipeline = self.pipeline
+            drawn = noise(seed, tick, pipeline.shape.horizon, pipeline.config.action_dim)
+            self._drawn = ((seed, tick), drawn)
+        return self._drawn[1]
 
     def _images(self, observation: Observation) -> list[np.ndarray]:
         """Return the raw images in the model's view order; absent views are simply not there."""
         images = []
-        for camera, size in zip(
-            self.robot.camera_names, self.pipeline.shape.view_sizes_px, strict=True
-        ):
+        for camera, size in self._cameras:
             image = observation.images.get(camera)
             if image is None:
                 have = ', '.join(sorted(observation.images)) or 'none'
@@ -265,9 +263,8 @@ class Policy:
         return normalized
 
     def _check_state(self, values: np.ndarray, state: np.ndarray) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            i = int(finite.argmin())
+        if not all(map(isfinite, values.tolist())):  # few numbers: faster than by NumPy
+            i = int(np.isfinite(values).argmin())
             raise PolicyError(
                 'joint_not_finite',
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
@@ -284,7 +281,8 @@ class Policy:
     def _robot_actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Return the model's (H, A) as (H, D) float32 in robot units, every value finite."""
         self._check_actions(actions)
-        unnormalized = self.stats.actions.unnormalize(actions)
+        used = actions[:, : self.robot.action_dim]  # what pads them to A is not computed with
+        unnormalized = self.stats.actions.unnormalize(used)
         with np.errstate(over='ignore'):
             result = self._units.actions_to_robot(unnormalized, state).astype(np.float32)
         self._check_actions(result)

@@ -122,6 +122,16 @@ def test_a_rehearsed_call_runs_no_model_and_keeps_the_prepared_noise(
     np.testing.assert_array_equal(last_call(policy).noise, noise(7, 41, 4, 32))
 
 
+def test_noise_that_a_rehearsal_had_to_draw_is_used(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+):
+    policy.prepare(tick=41, seed=7)
+    policy.rehearse(observation(policy), tick=43, seed=7)  # two ticks were missed
+    monkeypatch.delattr('pi05_ros.policy.policy.noise')
+    policy.act(observation(policy), tick=43, seed=7)
+    np.testing.assert_array_equal(last_call(policy).noise, noise(7, 43, 4, 32))
+
+
 def test_a_rehearsal_refuses_what_the_call_would_refuse(policy: Policy):
     with pytest.raises(PolicyError, match='no image of camera'):
         policy.rehearse(observation(policy, images={}), tick=0, seed=0)

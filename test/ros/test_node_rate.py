@@ -60,17 +60,24 @@ def test_what_would_take_long_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch):
         assert policy.rehearsed == []
 
 
-def test_what_a_tick_would_meet_in_its_rehearsal_stops_the_node():
+@pytest.mark.parametrize(
+    ('found', 'told'),
+    [
+        ('broken', 'RuntimeError: broken'),
+        ('CUDA error: an illegal memory access was encountered', 'CUDA is dead in this process'),
+    ],
+)
+def test_what_a_tick_would_meet_in_its_rehearsal_stops_the_node(found: str, told: str):
     policy = SmallPolicy(load_robot('franka'))
 
     def break_down(observation: object, **call: object) -> None:
-        raise RuntimeError('broken')
+        raise RuntimeError(found)
 
     policy.rehearse = break_down  # type: ignore[method-assign]
     with bench(policy, {'rate_hz': 10.0}) as b:
         b.start()
         b.until(lambda: b.node.lifecycle_state == 'unconfigured')
-        assert b.node.last_error == 'act: RuntimeError: broken'
+        assert b.node.last_error.startswith(f'act: {told}')
 
 
 def test_every_action_is_followed_by_the_preparation_of_the_next_tick():
