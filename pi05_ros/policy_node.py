@@ -34,6 +34,11 @@ from pi05_ros.ros.run import leave, run
 from pi05_ros.ros.session import LoadPolicy, Session
 from pi05_ros.ros.signals import StopSignal
 
+# A tick is rehearsed so long before it is due, as the rehearsal takes from cold caches at most,
+# and not if it is due within the time that it takes from warm ones.
+REHEARSAL_LEAD_S = 0.002
+REHEARSAL_MIN_S = 0.001
+
 
 class PolicyNode(ManagedNode):
     """Runs one policy on one robot.
@@ -56,6 +61,7 @@ class PolicyNode(ManagedNode):
         self._load_policy = load_policy
         self._session: Session | None = None
         self._tick_timer: Timer | None = None
+        self._rehearsal_timer: Timer | None = None
         self._estopped = False
         self._estop_lock = threading.Lock()  # between the services' thread and the transitions
         self._last_skip: Skip | None = None
@@ -113,13 +119,19 @@ class PolicyNode(ManagedNode):
         self._last_skip = None
         # On the ROS clock, so that the ticks of a simulation or a bag follow /clock.
         settings = self._session.settings
-        self._tick_timer = self.create_timer(settings.period_ns / 1e9, self._tick)
+        period_s = settings.period_ns / 1e9
+        if self._session.can_rehearse and not self.get_parameter('use_sim_time').value:
+            # Two timers of one period on one clock keep the distance at which they were made.
+            self._rehearsal_timer = self.create_timer(period_s, self._rehearse)
+            time.sleep(REHEARSAL_LEAD_S)
+        self._tick_timer = self.create_timer(period_s, self._tick)
         self.get_logger().info(f'active: {self._session.aim} at {settings.rate_hz:g} Hz')
 
     def _disarm(self) -> None:
-        if self._tick_timer is not None:
-            self.destroy_timer(self._tick_timer)
-            self._tick_timer = None
+        for timer in (self._rehearsal_timer, self._tick_timer):
+            if timer is not None:
+                self.destroy_timer(timer)
+        self._rehearsal_timer = self._tick_timer = None
         if self._session is not None:
             self._session.stop()
 
@@ -137,6 +149,19 @@ class PolicyNode(ManagedNode):
                 raise
             # The driver frees the memory when the process ends, and not before.
             self.get_logger().warning(f'not freed: {first_line(explained)}')
+
+    def _rehearse(self) -> None:
+        """Go through the tick that is due soon; where it is due at once, the tick itself runs."""
+        session, timer = self._session, self._tick_timer
+        if session is None or session.running is None or timer is None:
+            return  # as in _tick
+        until_tick_ns = timer.time_until_next_call()
+        if until_tick_ns is None or until_tick_ns < REHEARSAL_MIN_S * 1e9:
+            return
+        try:
+            session.rehearse()
+        except Exception as error:  # the tick would meet it, too
+            self.fail(self._device_watch.explain(error))
 
     def _tick(self) -> None:
         session = self._session

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from pi05_ros.model.errors import Pi05Error
 from pi05_ros.policy.types import ActionChunk, Observation
@@ -40,6 +43,11 @@ class PolicyLike(Protocol):
 
     def prepare(self, *, tick: int, seed: int) -> None:
         """Do what a call with this tick and seed needs and no observation has a part in."""
+
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        """Do what ``act`` does before the model runs, and keep nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ class ControlCore:
     def start(self) -> None:
         """Begin counting at tick 0; called when the node is activated."""
         self.counters = Counters()
-        self.guard = ActionGuard(self.inputs.robot, self.settings.execute_horizon)
+        robot, rows = self.inputs.robot, self.settings.execute_horizon
+        self.guard, self._rehearsed_guard = ActionGuard(robot, rows), ActionGuard(robot, rows)
+        self._state: np.ndarray | None = None
         self.last: TickResult | None = None
         self.recent: deque[bool] = deque(maxlen=max(1, round(self.settings.rate_hz)))
         self.action_rate = RateMeter()
@@ -191,6 +201,35 @@ class ControlCore:
         """Have the policy prepare the next tick; to be called between two."""
         self.policy.prepare(tick=self._next_tick, seed=self.settings.seed)
 
+    def rehearse(self, now_ns: int) -> None:
+        """Go through the next tick's work up to the model, just before it; nothing counts.
+
+        A tick after a pause comes from cold caches, where the same work takes several times as
+        long. What is wrong with the inputs, the tick itself will say.
+        """
+        observation = self._observe(now_ns)
+        if isinstance(observation, Skip):
+            return
+        settings = self.settings
+        with suppress(Pi05Error):
+            self.policy.rehearse(
+                observation,
+                tick=self._next_tick,
+                seed=settings.seed,
+                num_steps=settings.num_steps,
+            )
+
+    def rehearse_answer(self) -> ActionChunk | None:
+        """Check the last chunk again, as the next will be, by a guard that guards nothing else.
+
+        Returns: that chunk; None where the last tick did not act.
+        """
+        chunk = self.last.chunk if self.last is not None else None
+        if chunk is not None and self._state is not None and self._last_tick_ns is not None:
+            period_ns = self.settings.period_ns
+            self._rehearsed_guard.check(chunk, self._state, self._last_tick_ns, period_ns)
+        return chunk
+
     @property
     def health(self) -> int:
         """Return 0 while every tick acts, 1 if some of the last second did not, 2 if none did."""
@@ -239,6 +278,7 @@ class ControlCore:
         self, observation: Observation, now_ns: int
     ) -> tuple[ActionChunk | None, Skip | None, Exception | None]:
         settings, interrupts = self.settings, self._interrupts
+        self._state = observation.state
         try:
             chunk = self.policy.act(
                 observation,

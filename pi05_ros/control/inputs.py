@@ -8,6 +8,7 @@ from pi05_ros.policy.robot import RobotSpec
 from pi05_ros.policy.types import Observation
 
 from .cdr import (
+    JointStateMessage,
     parse_compressed_image,
     parse_image,
     parse_joint_state,
@@ -77,6 +78,29 @@ class CameraSlot(Slot):
         return self._foreign_decoder(raw)
 
 
+class JointSlot(Slot):
+    """Newest joint state, read once: a rehearsal reads what the tick after it uses."""
+
+    def __init__(self) -> None:
+        super().__init__(JOINT_STATES, JOINT_STATES, JOINT_STATES)
+
+    def clear(self) -> None:
+        """Forget the message and its values."""
+        super().clear()
+        self._read: tuple[bytes | memoryview, JointStateMessage] | None = None
+
+    def joints(self) -> JointStateMessage:
+        """Return names and values.
+
+        Raises:
+            InputFault: there is no message, or it cannot be read.
+        """
+        raw, read = self.message, self._read  # what holds the robot reads in threads of its own
+        if read is None or read[0] is not raw:
+            read = self._read = (raw, parse_joint_state(raw))
+        return read[1]
+
+
 class PromptSlot:
     """The task: from the parameter or the topic, whichever came last."""
 
@@ -125,7 +149,7 @@ class Inputs:
             )
             for name in robot.camera_names
         }
-        self.joints = Slot(JOINT_STATES, JOINT_STATES, JOINT_STATES)
+        self.joints = JointSlot()
         self.pose = Slot(EEF_POSE, EEF_POSE, EEF_POSE)
         self.prompt = PromptSlot(settings.prompt)
         self._joint_index = JointIndex(robot.state)
@@ -203,7 +227,7 @@ class Inputs:
                 if isinstance(slot, CameraSlot):
                     images[name] = slot.rgb()
                 elif slot is self.joints:
-                    self._joint_index.fill(state, parse_joint_state(slot.message))
+                    self._joint_index.fill(state, self.joints.joints())
                 else:
                     self._fill_pose(state)
             except InputFault as fault:
@@ -216,7 +240,7 @@ class Inputs:
     def joint_positions(self) -> dict[str, float]:
         """Return joint -> newest measured position; empty without a usable message."""
         try:
-            message = parse_joint_state(self.joints.message)
+            message = self.joints.joints()
         except InputFault:
             return {}
         if len(message.names) != len(message.position):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -44,8 +44,12 @@ class EagerPipeline(Pipeline):
         tokens: np.ndarray,
         noise: np.ndarray,
         num_steps: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> InferenceResult:
-        """Run the three stages on one observation; see :meth:`Pipeline.infer`."""
+        """Run the three stages on one observation; see :meth:`Pipeline.infer`.
+
+        The host is busy with each stage, so ``meanwhile`` is not called.
+        """
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
         self._check_tokens(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,11 +52,14 @@ class StageClock:
         """Record event ``index`` on the stream."""
         self.events[index].record(stream)
 
-    def wait(self) -> None:
-        """Wait on the host for the last event."""
-        self.events[-1].synchronize()
+    def intervals_ms(self, first: int, last: int) -> list[float]:
+        """Wait on the host for event ``last``; return the milliseconds from ``first`` on.
 
-    def intervals_ms(self) -> list[float]:
-        """Return the milliseconds between consecutive events."""
-        pairs = zip(self.events[:-1], self.events[1:], strict=True)
-        return [first.elapsed_time(second) for first, second in pairs]
+        Each interval between two events is read when the latter has passed, while the device goes
+        on with the next.
+        """
+        intervals = []
+        for begin, end in pairwise(self.events[first : last + 1]):
+            end.synchronize()
+            intervals.append(begin.elapsed_time(end))
+        return intervals

@@ -8,7 +8,7 @@ by the next.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -88,6 +88,7 @@ class Pipeline(ABC):
         tokens: np.ndarray,
         noise: np.ndarray,
         num_steps: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> InferenceResult:
         """Run the three stages on one observation.
 
@@ -96,9 +97,26 @@ class Pipeline(ABC):
             tokens: (T,) int64 prompt tokens without padding, 1 <= T <= max_prompt_tokens.
             noise: (horizon, action_dim) float32, the start of the flow.
             num_steps: Euler steps, at most ``shape.max_steps``; None takes ``shape.num_steps``.
+            meanwhile: called once while the device computes, if the host only waits for it; what
+                it does must be short against the denoise.
         Raises:
             BackendError: an argument does not fit ``shape``; nothing ran.
         """
+
+    def rehearse(
+        self,
+        images: Sequence[np.ndarray],
+        tokens: np.ndarray,
+        noise: np.ndarray,
+        num_steps: int | None = None,
+    ) -> None:
+        """Do what the host does in :meth:`infer` before the stages run, to warm its caches.
+
+        Raises:
+            BackendError: as for :meth:`infer`.
+        """
+        steps = self.shape.num_steps if num_steps is None else num_steps
+        self.check_call(images, tokens, noise, steps)
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return memory from which :meth:`infer` reads images fastest: (num_bytes,) uint8.

@@ -6,15 +6,18 @@ The way of the data, in the order of :meth:`Policy.act`::
     state   -> scale, robot transform, normalise -> bins -.          |
     prompt  -> one line of text --------------------------+-> tokens +-> pipeline -> actions
     seed, tick -> noise  --------------------------------------------'      |
-    actions -> unnormalise -> add the state -> cut, robot transform, scale <'
+    actions -> cut, unnormalise -> add the state -> robot transform, scale <'
 
-Nothing is kept from one call to the next, but for noise that was drawn beforehand: it depends on
-seed and tick alone.
+Nothing is kept from one call to the next but the noise, which depends on seed and tick alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -79,7 +82,8 @@ class PolicyInfo:
 class Policy:
     """A loaded checkpoint bound to one robot; made by :func:`.loading.load_policy`.
 
-    ``info`` says what runs: files, modes, backends.
+    ``info`` says what runs: files, modes, backends. ``while_computing`` is called in every
+    :meth:`act` while the host waits for a device; what it does must not take longer than that.
     """
 
     def __init__(
@@ -97,7 +101,11 @@ class Policy:
         self.tokenizer = tokenizer
         self.pipeline = pipeline
         self._units = RobotUnits(robot)
+        # What the robot file gives is put together here: a tick is late by all that it does.
+        self._cameras = tuple(zip(robot.camera_names, pipeline.shape.view_sizes_px, strict=True))
+        self._action_names, self._step_s = robot.action_names, robot.step_s
         self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
+        self.while_computing: Callable[[], None] | None = None
         # Once, here: the hash reads the whole weights file, which must not happen in a tick.
         self.info = self._describe()
 
@@ -120,11 +128,13 @@ class Policy:
         shape = self.pipeline.shape
         state = self._state(observation)
         images, tokens, start = self._model_inputs(observation, state, tick, seed)
-        result = self.pipeline.infer(images, tokens, start, num_steps)
+        result = self.pipeline.infer(
+            images, tokens, start, num_steps, partial(self._rehearse_answer, start, state)
+        )
         return ActionChunk(
             actions=self._robot_actions(result.actions, state),
-            names=self.robot.action_names,
-            step_s=self.robot.step_s,
+            names=self._action_names,
+            step_s=self._step_s,
             stamp_ns=observation.oldest_stamp_ns,
             stamps_ns=dict(observation.stamps_ns),
             tick=tick,
@@ -135,11 +145,21 @@ class Policy:
         )
 
     def prepare(self, *, tick: int, seed: int) -> None:
-        """Draw the noise of a later tick, while there is time.
+        """Draw the noise of a later tick, while there is time."""
+        self._noise(seed, tick)
 
-        It is used if the next call is of this seed and tick; any other draws its own.
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        """Do what :meth:`act` does before the model runs; nothing but the noise is kept.
+
+        After a pause every operation comes from cold caches and takes several times as long.
+
+        Raises:
+            PolicyError, BackendError: as for :meth:`act`.
         """
-        self._drawn = ((seed, tick), self._draw(seed, tick))
+        inputs = self._model_inputs(observation, self._state(observation), tick, seed)
+        self.pipeline.rehearse(*inputs, num_steps)
 
     def self_check(self, observation: Observation, min_cosine: float) -> tuple[StageCheck, ...]:
         """Compare every fast stage with the oracle on one real observation.
@@ -190,20 +210,20 @@ class Policy:
         """Return what :meth:`Pipeline.infer` takes: images, tokens (T,), noise (H, A)."""
         images = self._images(observation)
         tokens = self.tokenizer.encode(observation.prompt, self._prompt_state(state))
-        drawn, self._drawn = self._drawn, None
-        if drawn is not None and drawn[0] == (seed, tick):
-            return images, tokens, drawn[1]
-        return images, tokens, self._draw(seed, tick)
+        return images, tokens, self._noise(seed, tick)
 
-    def _draw(self, seed: int, tick: int) -> np.ndarray:
-        return noise(seed, tick, self.pipeline.shape.horizon, self.pipeline.config.action_dim)
+    def _noise(self, seed: int, tick: int) -> np.ndarray:
+        """Return the noise (H, A) float32 of a tick, which is drawn once."""
+        if self._drawn is None or self._drawn[0] != (seed, tick):
+            pipeline = self.pipeline
+            drawn = noise(seed, tick, pipeline.shape.horizon, pipeline.config.action_dim)
+            self._drawn = ((seed, tick), drawn)
+        return self._drawn[1]
 
     def _images(self, observation: Observation) -> list[np.ndarray]:
         """Return the raw images in the model's view order; absent views are simply not there."""
         images = []
-        for camera, size in zip(
-            self.robot.camera_names, self.pipeline.shape.view_sizes_px, strict=True
-        ):
+        for camera, size in self._cameras:
             image = observation.images.get(camera)
             if image is None:
                 have = ', '.join(sorted(observation.images)) or 'none'
@@ -243,19 +263,26 @@ class Policy:
         return normalized
 
     def _check_state(self, values: np.ndarray, state: np.ndarray) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            i = int(finite.argmin())
+        if not all(map(isfinite, values.tolist())):  # few numbers: faster than by NumPy
+            i = int(np.isfinite(values).argmin())
             raise PolicyError(
                 'joint_not_finite',
                 f'{self.robot.state_names[i]} is {state[i]}, which gives {values[i]}; '
                 'expected a finite number',
             )
 
+    def _rehearse_answer(self, start: np.ndarray, state: np.ndarray) -> None:
+        """Do what :meth:`act` does after the model, with the noise in place of its actions."""
+        with suppress(PolicyError):  # the model's own are checked when they are there
+            self._robot_actions(start, state)
+        if self.while_computing is not None:
+            self.while_computing()
+
     def _robot_actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Return the model's (H, A) as (H, D) float32 in robot units, every value finite."""
         self._check_actions(actions)
-        unnormalized = self.stats.actions.unnormalize(actions)
+        used = actions[:, : self.robot.action_dim]  # what pads them to A is not computed with
+        unnormalized = self.stats.actions.unnormalize(used)
         with np.errstate(over='ignore'):
             result = self._units.actions_to_robot(unnormalized, state).astype(np.float32)
         self._check_actions(result)

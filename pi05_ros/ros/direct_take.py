@@ -215,7 +215,8 @@ class DirectTake:
     The message that :meth:`newest` returned is in one buffer, and the next is written into the
     other. So it stays as it is until the call after the next that returns a message: a reader has
     to be done by then. The tick is: it polls, then reads, copies to the GPU, waits for the result,
-    and polls again, all in one thread; what it polls replaces the message that it read before.
+    and polls again, all in one thread; what it polls replaces the message that it read before, and
+    nobody reads while something is polled between two ticks.
     """
 
     def __init__(self, rcl: Rcl, allocate: Allocate, num_bytes: int) -> None:

@@ -210,6 +210,10 @@ class ActionOutput:
             self._publisher.publish(message)
             self._commanded = chunk.actions[0]
 
+    def rehearse(self, chunk: ActionChunk) -> None:
+        """Encode a chunk and send nothing."""
+        self._encode(chunk)
+
     def hold(self, measured: Mapping[str, float]) -> bool:
         """Command the robot to stay where it is, once after the last action.
 

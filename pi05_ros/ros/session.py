@@ -102,6 +102,7 @@ class Session:
         observation = self._first_observation(report)
         report('loading the model')
         self._policy = policy = load_policy(settings, self._inputs.fix_sizes())
+        policy.while_computing = self._rehearse_answer
         self._take_directly(policy)
         report('checking every stage against the oracle')
         node.get_logger().info(self_check(policy, observation, settings))
@@ -132,6 +133,7 @@ class Session:
             self.running.timing.destroy()
             self.running.gpu.close()
         if self._policy is not None:
+            self._policy.while_computing = None  # who holds the policy does not hold this, too
             self._policy.close()
         self.running = self._policy = None
         gc.unfreeze()
@@ -230,6 +232,21 @@ class Session:
             running.core.prepare()  # after the action is out: it makes no action late
         return result
 
+    @property
+    def can_rehearse(self) -> bool:
+        """Tell whether :meth:`rehearse` is short: no image is compressed, or copied twice."""
+        return self._image_take == 'direct' and all(
+            self.settings.camera(name).transport == 'raw' for name in self.robot.camera_names
+        )
+
+    def rehearse(self) -> None:
+        """Take what has come, and go through the next tick up to the model; see the core."""
+        running = self._running()
+        now_ns = self._node.get_clock().now().nanoseconds
+        running.core.advance(now_ns)
+        self._feeds.poll()
+        running.core.rehearse(now_ns)
+
     def statuses(self, is_active: bool, clock_stopped: bool) -> list[status.Status]:
         """Return what there is to say about inputs, pipeline, actions, model and GPU."""
         inputs, settings = self._inputs, self.settings
@@ -267,6 +284,13 @@ class Session:
     def _running(self) -> Running:
         assert self.running is not None, 'the session is not open'
         return self.running
+
+    def _rehearse_answer(self) -> None:
+        """Go through what follows the model with the last actions, while the device computes."""
+        if self.running is not None:
+            chunk = self.running.core.rehearse_answer()
+            if chunk is not None:
+                self.running.output.rehearse(chunk)
 
     def _on_stall(self) -> None:
         """Act for the watchdog, in its thread."""

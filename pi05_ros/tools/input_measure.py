@@ -117,6 +117,11 @@ class IdlePolicy:
     def prepare(self, *, tick: int, seed: int) -> None:
         """Do nothing: the noise is always the same."""
 
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        """Do nothing: each way's first copy of the inputs is what is measured."""
+
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
     ) -> ActionChunk:

@@ -44,9 +44,15 @@ class ScriptedPolicy:
         self.seen: list[Observation] = []
         self.calls: list[tuple[int, int, int | None]] = []
         self.prepared: list[tuple[int, int]] = []
+        self.rehearsed: list[Observation] = []
 
     def prepare(self, *, tick: int, seed: int) -> None:
         self.prepared.append((tick, seed))
+
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        self.rehearsed.append(observation)
 
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None

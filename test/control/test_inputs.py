@@ -10,6 +10,7 @@ from messages import compressed_cdr, image_cdr, joint_state_cdr, pose_cdr, rgb_c
 from PIL import Image
 from rig import FRANKA, JOINTS, START_NS, gradient, make_settings
 
+from pi05_ros.control.cdr import JointStateMessage, parse_joint_state
 from pi05_ros.control.inputs import Inputs
 from pi05_ros.control.reasons import InputFault, Reason, Skip
 from pi05_ros.control.topics import InputTopic, input_topics
@@ -107,6 +108,25 @@ def test_image_is_decoded_once_per_message():
         np.testing.assert_array_equal(observe(inputs).images['base'], gradient())
     assert len(calls) == 2
     assert inputs.cameras['base'].encoding == 'yuv422'
+
+
+def test_a_joint_state_is_read_once_and_the_next_one_again(monkeypatch: pytest.MonkeyPatch):
+    read: list[bytes] = []
+
+    def parse(raw: bytes) -> JointStateMessage:
+        read.append(raw)
+        return parse_joint_state(raw)
+
+    monkeypatch.setattr('pi05_ros.control.inputs.parse_joint_state', parse)
+    inputs = full_inputs()
+    for _ in range(3):
+        assert observe(inputs).state.tolist() == [0.1] * len(JOINTS)
+        assert inputs.joint_positions() == dict.fromkeys(JOINTS, 0.1)
+    assert len(read) == 1
+    inputs.push('joint_states', joint_state_cdr(JOINTS, [0.2] * len(JOINTS)), START_NS)
+    assert observe(inputs).state.tolist() == [0.2] * len(JOINTS)
+    inputs.clear()
+    assert inputs.joint_positions() == {}
 
 
 def test_unusable_message_is_not_decoded_again():

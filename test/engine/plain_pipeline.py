@@ -55,7 +55,7 @@ class PlainPipeline:
         return self.prefill.num_image_rows + len(tokens)
 
     @torch.inference_mode()
-    def infer(self, images, tokens, noise, num_steps=None) -> InferenceResult:
+    def infer(self, images, tokens, noise, num_steps=None, meanwhile=None) -> InferenceResult:
         rows = self.run_prefix(images, tokens, noise)
         keys, values = self.prefill.keys[:, :rows], self.prefill.values[:, :rows]
         steps = num_steps or self.shape.num_steps

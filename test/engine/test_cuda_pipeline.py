@@ -139,6 +139,17 @@ def test_actions_are_bit_identical_from_call_to_call(build):
         assert np.array_equal(call(pipeline, inputs), first)
 
 
+def test_a_rehearsal_changes_no_bit_and_the_host_is_lent_out_once_per_call(build):
+    pipeline, inputs, other = build(2, 50), make_inputs(2, 50), make_inputs(2, 50, 9, seed=5)
+    expected, lent = call(pipeline, inputs), []
+    pipeline.rehearse(other.images, other.tokens, other.noise, 3)
+    found = pipeline.infer(
+        inputs.images, inputs.tokens, inputs.noise, 10, lambda: lent.append(pipeline.calls)
+    )
+    assert np.array_equal(found.actions, expected)
+    assert lent == [pipeline.calls - 1]
+
+
 def test_two_pipelines_give_the_same_bits(build, state):
     from pi05_ros.engine.cuda_pipeline import CudaPipeline
 

@@ -1,4 +1,4 @@
-"""A stage that cannot be captured is an error when the pipeline is built."""
+"""A stage that cannot be captured is an error when the pipeline is built; stages are timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from pi05_ros.engine.graphs import StageGraph
+from pi05_ros.engine.graphs import StageClock, StageGraph
 from pi05_ros.engine.pipeline import BackendError
 
 
@@ -35,3 +35,29 @@ def test_a_stage_that_cannot_be_captured_is_named(monkeypatch, failure):
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     with pytest.raises(BackendError, match='prefill of 712 rows: the CUDA graph cannot be'):
         StageGraph('prefill of 712 rows', launch, FakeStream(), None)
+
+
+def test_an_interval_is_read_before_the_next_event_is_waited_for(monkeypatch):
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, **options: object) -> None:
+            self.time_ms = 0.0
+
+        def record(self, stream: float) -> None:
+            self.time_ms = stream
+
+        def synchronize(self) -> None:
+            calls.append(f'wait {self.time_ms}')
+
+        def elapsed_time(self, end: Event) -> float:
+            calls.append(f'read to {end.time_ms}')
+            return end.time_ms - self.time_ms
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    clock = StageClock(4)
+    for index, time_ms in enumerate((1.0, 3.0, 7.0, 15.0)):
+        clock.mark(index, time_ms)
+    assert clock.intervals_ms(0, 2) == [2.0, 4.0]
+    assert calls == ['wait 3.0', 'read to 3.0', 'wait 7.0', 'read to 7.0']
+    assert clock.intervals_ms(2, 3) == [8.0]

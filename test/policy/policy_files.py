@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,10 +154,13 @@ class FakePipeline(Pipeline):
         tokens: np.ndarray,
         noise: np.ndarray,
         num_steps: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> InferenceResult:
         self.check_call(images, tokens, noise, num_steps or self.shape.num_steps)
         call = SimpleNamespace(images=images, tokens=tokens, noise=noise, num_steps=num_steps)
         self.calls.append(call)
+        if meanwhile is not None:
+            meanwhile()
         return InferenceResult(self.actions, StageTimes(*[1.0] * 7))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,6 +108,50 @@ def test_a_prepared_call_draws_nothing(policy: Policy, monkeypatch: pytest.Monke
     monkeypatch.delattr('pi05_ros.policy.policy.noise')
     policy.act(observation(policy), tick=41, seed=7)
     np.testing.assert_array_equal(last_call(policy).noise, noise(7, 41, 4, 32))
+
+
+def test_a_rehearsed_call_runs_no_model_and_keeps_the_prepared_noise(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+):
+    policy.prepare(tick=41, seed=7)
+    monkeypatch.delattr('pi05_ros.policy.policy.noise')
+    policy.rehearse(observation(policy), tick=41, seed=7)
+    assert isinstance(policy.pipeline, FakePipeline)
+    assert policy.pipeline.calls == []
+    policy.act(observation(policy), tick=41, seed=7)
+    np.testing.assert_array_equal(last_call(policy).noise, noise(7, 41, 4, 32))
+
+
+def test_noise_that_a_rehearsal_had_to_draw_is_used(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+):
+    policy.prepare(tick=41, seed=7)
+    policy.rehearse(observation(policy), tick=43, seed=7)  # two ticks were missed
+    monkeypatch.delattr('pi05_ros.policy.policy.noise')
+    policy.act(observation(policy), tick=43, seed=7)
+    np.testing.assert_array_equal(last_call(policy).noise, noise(7, 43, 4, 32))
+
+
+def test_a_rehearsal_refuses_what_the_call_would_refuse(policy: Policy):
+    with pytest.raises(PolicyError, match='no image of camera'):
+        policy.rehearse(observation(policy, images={}), tick=0, seed=0)
+
+
+def test_the_caller_is_given_the_time_in_which_the_device_computes(policy: Policy):
+    during: list[int] = []
+    policy.while_computing = lambda: during.append(last_call(policy).tokens.size)
+    policy.act(observation(policy), tick=0, seed=0)
+    assert during == [last_call(policy).tokens.size]
+
+
+def test_a_rehearsed_answer_that_overflows_refuses_nothing(policy: Policy):
+    plain = policy.act(observation(policy), tick=0, seed=0).actions
+    huge = Normalizer('zscore', *(np.full(32, value) for value in (0.0, 1.0, 1e39)))
+    policy.stats = replace(policy.stats, actions=huge)
+    # Zero times the deviation stays zero; the noise of the rehearsal becomes infinite.
+    acted = policy.act(observation(policy), tick=0, seed=0).actions
+    assert np.isfinite(acted).all()
+    assert acted.shape == plain.shape
 
 
 def test_number_of_steps_is_passed_on_and_reported(policy: Policy):

@@ -68,6 +68,7 @@ class SmallPolicy:
         self.on_act = on_act
         self.seen: list[Observation] = []
         self.prepared: list[tuple[int, int]] = []
+        self.rehearsed: list[Observation] = []
         self.closed = False
         self.info = PolicyInfo(
             checkpoint=TINY,
@@ -91,6 +92,11 @@ class SmallPolicy:
 
     def prepare(self, *, tick: int, seed: int) -> None:
         self.prepared.append((tick, seed))
+
+    def rehearse(
+        self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None
+    ) -> None:
+        self.rehearsed.append(observation)
 
     def act(
         self, observation: Observation, *, tick: int, seed: int, num_steps: int | None = None

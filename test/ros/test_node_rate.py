@@ -10,6 +10,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
 from pi05_ros.policy.robot import load_robot
+from pi05_ros.ros.direct_take import DirectTakeError
 
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('ros')]
 
@@ -37,6 +38,46 @@ def test_collections_between_ticks_do_not_walk_what_was_loaded():
         assert gc.get_freeze_count() > 0
         assert b.node.trigger_cleanup() == SUCCESS
         assert gc.get_freeze_count() == 0
+
+
+def test_ticks_are_rehearsed_on_the_images_that_are_there():
+    policy = SmallPolicy(load_robot('franka'))
+    with bench(policy, {'rate_hz': 10.0}) as b:
+        b.start()
+        b.until(lambda: len(policy.rehearsed) >= 3)
+        assert set(policy.rehearsed[-1].images) == {'base', 'wrist'}
+
+
+def test_what_would_take_long_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch):
+    def refuse(node: object) -> None:
+        raise DirectTakeError('not here')
+
+    monkeypatch.setattr('pi05_ros.ros.session.checked_rcl', refuse)
+    policy = SmallPolicy(load_robot('franka'))
+    with bench(policy, {'rate_hz': 10.0}) as b:
+        b.start()
+        b.until(lambda: len(b.observer.chunks) >= 3)
+        assert policy.rehearsed == []
+
+
+@pytest.mark.parametrize(
+    ('found', 'told'),
+    [
+        ('broken', 'RuntimeError: broken'),
+        ('CUDA error: an illegal memory access was encountered', 'CUDA is dead in this process'),
+    ],
+)
+def test_what_a_tick_would_meet_in_its_rehearsal_stops_the_node(found: str, told: str):
+    policy = SmallPolicy(load_robot('franka'))
+
+    def break_down(observation: object, **call: object) -> None:
+        raise RuntimeError(found)
+
+    policy.rehearse = break_down  # type: ignore[method-assign]
+    with bench(policy, {'rate_hz': 10.0}) as b:
+        b.start()
+        b.until(lambda: b.node.lifecycle_state == 'unconfigured')
+        assert b.node.last_error.startswith(f'act: {told}')
 
 
 def test_every_action_is_followed_by_the_preparation_of_the_next_tick():

@@ -72,6 +72,14 @@ def test_ticks_step_with_the_clock_of_a_bag():
         assert ages == sorted(ages, reverse=True)
 
 
+def test_ticks_of_a_simulated_clock_are_not_rehearsed():
+    with simulated() as (b, time):
+        time.run(steps=30)
+        b.until(lambda: len(b.observer.chunks) > 0, send=False)
+        assert b.node._rehearsal_timer is None
+        assert b.node._session.running.policy.rehearsed == []
+
+
 def test_clock_that_stops_stops_the_ticks_but_not_the_diagnostics():
     with simulated() as (b, time):
         time.run(steps=30)
