@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from lifecycle_msgs.srv import ChangeState
+from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.executors import Executor, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
@@ -38,6 +38,7 @@ TINY = DATA / 'golden' / 'pi05_tiny'
 JOINTS = (*(f'panda_joint{i}' for i in range(1, 8)), 'panda_finger_joint1', 'panda_finger_joint2')
 TASK = 'pick up the black bowl'
 DEADLINE_S = 30.0
+ASK_AGAIN_S = 0.5
 LATCHED = QoSProfile(
     depth=1,
     reliability=ReliabilityPolicy.RELIABLE,
@@ -292,12 +293,22 @@ class Watch:
 
     def request_state(self, transition: int) -> Future:
         """Ask for a transition through the node's service, as ``ros2 lifecycle`` does."""
-        client = self.observer.node.create_client(
-            ChangeState, f'/{self.observer.name}/change_state'
-        )
+        node, name = self.observer.node, self.observer.name
+        client = node.create_client(ChangeState, f'/{name}/change_state')
+        # A request is lost on a server that does not know its client yet, which no client can see.
+        # This one is announced after the other: once it is answered, the node knows both.
+        probe = node.create_client(GetState, f'/{name}/get_state')
+        self.until(lambda: client.service_is_ready() and probe.service_is_ready())
+        asked: dict[float, Future] = {}
+
+        def known() -> bool:
+            if time.monotonic() > max(asked, default=0.0) + ASK_AGAIN_S:
+                asked[time.monotonic()] = probe.call_async(GetState.Request())
+            return any(future.done() for future in asked.values())
+
+        self.until(known)
         request = ChangeState.Request()
         request.transition.id = transition
-        self.until(client.service_is_ready)
         return client.call_async(request)
 
     def change_state(self, transition: int) -> bool:
