@@ -206,7 +206,7 @@ class Bench:
         if not self.args.no_oracle:
             oracle = self._measure_oracle(state, shape, drawn, group)
         pipeline, build = self._build(state, shape)
-        results = []
+        drawn, results = drawn.lent_by(pipeline), []
         for case in group:
             inputs = drawn.with_tokens(case.prompt_tokens)
             results.append(self._measure(pipeline, case, inputs, ceilings, oracle.get(case)))

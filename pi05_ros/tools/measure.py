@@ -29,6 +29,15 @@ class Inputs:
         """Return the same observation with the first ``count`` prompt tokens."""
         return Inputs(self.images, self.tokens[:count], self.noise)
 
+    def lent_by(self, pipeline: Pipeline) -> Inputs:
+        """Return the same with images in the pipeline's own memory, where the node takes them."""
+        images = []
+        for image in self.images:
+            lent = pipeline.image_buffer(image.nbytes)[: image.nbytes].reshape(image.shape)
+            lent[...] = image
+            images.append(lent)
+        return Inputs(images, self.tokens, self.noise)
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from pi05_ros.model.config import Pi05Config
@@ -86,3 +87,19 @@ def test_a_bad_count_is_a_usage_error(options, wrong, capsys):
     with pytest.raises(SystemExit):
         main([*options, '--views', wrong])
     assert 'not a positive whole number' in capsys.readouterr().err
+
+
+def test_images_lie_where_the_pipeline_has_its_own():
+    drawn = measure.draw_inputs([(6, 8), (4, 4)], 100, 5, (2, 3))
+    buffers = []
+
+    class Pipeline:
+        def image_buffer(self, num_bytes):
+            buffers.append(np.zeros(num_bytes + 7, dtype=np.uint8))
+            return buffers[-1]
+
+    lent = drawn.lent_by(Pipeline())
+    for image, before, buffer in zip(lent.images, drawn.images, buffers, strict=True):
+        assert np.shares_memory(image, buffer)
+        assert np.array_equal(image, before)
+    assert lent.tokens is drawn.tokens
