@@ -2,7 +2,7 @@
 //
 // Stands in for hopper.cuh and the CUDA headers. A thread runs until it waits for others (a
 // barrier, a shuffle, a matrix instruction), so a missing barrier shows as a wrong result: shared
-// memory begins as NaN, and the order of the warps changes from block to block.
+// memory begins as NaN, warps run in an order that is drawn anew in every turn, and some are late.
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
 #include <ucontext.h>
@@ -65,6 +65,18 @@ static u64 operations[kMaxThreads];
 static std::function<void()> body;
 static bool moved;  // anything happened in this round; if not, the block hangs
 
+// Drawn numbers, the same ones in every process.
+static u32 draw(u32 below) {
+  static u32 state = 1;
+  state = state * 1664525u + 1013904223u;
+  return (state >> 16) % below;
+}
+static std::vector<int> drawn_order(int count) {
+  std::vector<int> order;
+  for (int i = 0; i < count; i++) order.insert(order.begin() + draw(i + 1), i);
+  return order;
+}
+
 static void yield() { swapcontext(&contexts[thread_index.x], &scheduler); }
 
 static void wait(Group& group) {
@@ -104,14 +116,20 @@ static void launch(int blocks, int threads, std::function<void()> kernel) {
     }
     for (int running = threads; running > 0;) {
       moved = false;
-      for (int i = 0; i < threads; i++) {
-        int t = (i + block * 32) % threads;
-        if (finished[t]) continue;
-        thread_index.x = t;
-        swapcontext(&scheduler, &contexts[t]);
-        running -= finished[t];
+      bool complete = true;
+      for (int warp : drawn_order(threads / 32)) {
+        if (draw(3) == 0) {
+          complete = false;
+          continue;
+        }
+        for (int t = warp * 32; t < warp * 32 + 32; t++) {
+          if (finished[t]) continue;
+          thread_index.x = t;
+          swapcontext(&scheduler, &contexts[t]);
+          running -= finished[t];
+        }
       }
-      if (!moved) {
+      if (complete && !moved) {
         fprintf(stderr, "block %d waits for ever\n", block);
         abort();
       }
