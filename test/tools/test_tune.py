@@ -85,3 +85,13 @@ def test_a_folder_of_choice_leaves_the_cache_alone(gpu, tiny_checkpoint, tmp_pat
         'denoise_nvidia_test_9000.json', 'prefix_nvidia_test_9000.json',
     ]  # fmt: skip
     assert load(tune.open_checkpoint(tiny_checkpoint).config) == DenoiseTuning()
+
+
+def test_a_denoise_without_choices_is_said_and_nothing_written(
+    gpu, tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(FakePipeline, 'tune_denoise', lambda self: None)
+    folder = tmp_path / 'elsewhere'
+    cli.main(['tune', '--checkpoint', str(tiny_checkpoint), '--output', str(folder)])
+    assert [path.name for path in folder.iterdir()] == ['prefix_nvidia_test_9000.json']
+    assert 'the denoise runs the Hopper kernels' in capsys.readouterr().out.replace('\n', '')
