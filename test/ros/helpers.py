@@ -44,15 +44,11 @@ LATCHED = QoSProfile(
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
+_NAN = float('nan')
 TIMES = StageTimes(
-    h2d_ms=float('nan'),
-    preprocess_ms=0.5,
-    vision_ms=2.0,
-    prefill_ms=3.0,
-    denoise_ms=4.0,
-    d2h_ms=float('nan'),
+    h2d_ms=_NAN, preprocess_ms=0.5, vision_ms=2.0, prefill_ms=3.0, denoise_ms=4.0, d2h_ms=_NAN,
     total_ms=9.5,
-)
+)  # fmt: skip
 
 
 class SmallPolicy:
@@ -299,12 +295,12 @@ class Watch:
         # This one is announced after the other: once it is answered, the node knows both.
         probe = node.create_client(GetState, f'/{name}/get_state')
         self.until(lambda: client.service_is_ready() and probe.service_is_ready())
-        asked: dict[float, Future] = {}
+        answers: dict[float, Future] = {}
 
         def known() -> bool:
-            if time.monotonic() > max(asked, default=0.0) + ASK_AGAIN_S:
-                asked[time.monotonic()] = probe.call_async(GetState.Request())
-            return any(future.done() for future in asked.values())
+            if time.monotonic() > max(answers, default=0.0) + ASK_AGAIN_S:
+                answers[time.monotonic()] = probe.call_async(GetState.Request())
+            return any(answer.done() for answer in answers.values())
 
         self.until(known)
         request = ChangeState.Request()
