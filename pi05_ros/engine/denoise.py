@@ -89,7 +89,10 @@ class DenoiseStage:
         if obstacle is None and has_bindings():
             return HopperChain(self.config, weights, self.buffers, self.noise, self.actions)
         if obstacle is None:
-            _log.warning('the package cuda-bindings is missing: the denoise takes longer without')
+            _log.warning(
+                'the denoise runs the slower Triton kernels: cuda-bindings is missing; '
+                'pip install cuda-bindings'
+            )
         else:
             _log.info('the denoise runs the Triton kernels: %s', obstacle)
         tuning = load_denoise_tuning(self.device, self.config.expert, row_block(self.horizon))

@@ -73,7 +73,7 @@ def test_a_missing_package_is_a_warning(monkeypatch, caplog):
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         assert DenoiseStage._choose_chain(stage, None) == 'triton'
-    assert 'cuda-bindings is missing' in caplog.text
+    assert 'cuda-bindings is missing; pip install' in caplog.text
 
 
 def test_packed_weights_are_the_same_weights():
