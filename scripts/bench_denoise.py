@@ -3,7 +3,7 @@
 
     python scripts/bench_denoise.py --check             parity with the plain twin
     python scripts/bench_denoise.py --time              a step, and each kernel of a layer
-    python scripts/bench_denoise.py --time --triton     the same of the Triton kernels
+    python scripts/bench_denoise.py --triton ...        the same of the Triton kernels
     python scripts/bench_denoise.py --retune            find and store their block sizes
     python scripts/bench_denoise.py --check --time --retune --brief --deadline 60
 
@@ -104,16 +104,20 @@ def make_stage(
 
 
 def check(
-    config: Pi05Config, state: dict[str, torch.Tensor], shapes: tuple[tuple[int, int, int], ...]
+    config: Pi05Config, state: dict[str, torch.Tensor], shapes: tuple[tuple[int, int, int], ...],
+    triton: bool,
 ) -> list[dict]:  # fmt: skip
     """Compare kernels with the plain twin, a graph with no graph, and a run with itself.
 
     Args:
         shapes: (horizon, prefix tokens, steps) of each comparison.
+        triton: compare the Triton kernels, wherever it runs.
     """
     rows = []
     for horizon, prefix, num_steps in shapes:
         stage = make_stage(config, state, horizon=horizon, prefix=prefix)
+        if triton:
+            use_triton(stage)
         stage.launch(num_steps)
         actions = stage.actions.clone()
         graph = torch.cuda.CUDAGraph()
@@ -165,24 +169,23 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
-    row = 0
-    if isinstance(stage.chain, HopperChain):
-        kernels, residual = stage.chain, True
-    else:
-        kernels, residual = stage.chain.layer, False
-    chains = {
-        'qkv': lambda i: kernels.launch_qkv(row, i),
-        'attend': lambda i: kernels.launch_attend(row, i),
-        'merge': lambda i: kernels.launch_merge(),
-        'attention_out': lambda i: kernels.launch_attention_out(row, i),
+    kernels = stage.chain if isinstance(stage.chain, HopperChain) else stage.chain.layer
+    names = (
+        'qkv', 'attend', 'merge', 'attention_out', 'residual_attention', 'gate_up', 'down',
+        'residual_mlp',
+    )  # fmt: skip
+    launches = {
+        name: getattr(kernels, f'launch_{name}')
+        for name in names
+        if hasattr(kernels, f'launch_{name}')  # the residuals are the Hopper kernels' alone
     }
-    if residual:
-        chains['residual_attention'] = lambda i: kernels.launch_residual_attention(row, i)
-    chains['gate_up'] = lambda i: kernels.launch_gate_up(row, i)
-    chains['down'] = lambda i: kernels.launch_down(row, i)
-    if residual:
-        chains['residual_mlp'] = lambda i: kernels.launch_residual_mlp(row, i)
-    return chains
+    row = 0
+    return {
+        name: (lambda i, launch=launch: launch())
+        if name == 'merge'
+        else (lambda i, launch=launch: launch(row, i))
+        for name, launch in launches.items()
+    }
 
 
 def time_kernels(stage: DenoiseStage) -> dict[str, float]:
@@ -310,7 +313,8 @@ def measure(config: Pi05Config, options: argparse.Namespace, result: dict) -> No
     workers = start_precompiling(options) if options.retune else []
     state = random_state(config, 'cuda')
     if options.check:
-        result['check'] = check(config, state, FEW_SHAPES if options.brief else ALL_SHAPES)
+        shapes = FEW_SHAPES if options.brief else ALL_SHAPES
+        result['check'] = check(config, state, shapes, options.triton or options.retune)
     stage = make_stage(config, state, horizon=options.horizon, prefix=options.prefix)
     if options.triton or options.retune:
         use_triton(stage)

@@ -77,11 +77,6 @@ class HopperChain:
         self._scale = expert.head_dim**-0.5 * math.log2(math.e)
         self._kernels = self._compile()
 
-    @property
-    def modulations(self) -> Tensor:
-        """The norms' modulations at every step of every step count, see :mod:`.adarms`."""
-        return self._packed.modulations
-
     def weights(self) -> ExpertWeights:
         """Return the weights as the checkpoint has them, a copy."""
         return hopper_layout.unpack_weights(self._packed, self.plan, self.config.expert)
@@ -180,7 +175,7 @@ class HopperChain:
         self._kernels[name].launch(arguments, early=True)
 
     def _launch_residual(self, name: str, partials: Tensor, row: int, norm: int) -> None:
-        mods, b = self.modulations[row], self._buffers
+        mods, b = self._packed.modulations[row], self._buffers
         self._launch(name, partials, mods[norm, GATE], mods[norm + 1], b.x, b.scaled)
 
     def _launch_step_end(
