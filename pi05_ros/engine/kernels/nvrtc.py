@@ -40,7 +40,8 @@ def compile_module(
         'NVRTC',
     )  # fmt: skip
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f'--gpu-architecture=sm_{major}{minor}', '--std=c++17']
+    # The a: instructions that only this generation has.
+    options = [f'--gpu-architecture=sm_{major}{minor}a', '--std=c++17']
     options += [f'-D{name}={value}' for name, value in macros]
     encoded = [option.encode() for option in options]
     if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
@@ -56,11 +57,12 @@ def compile_module(
 
 
 class CudaKernel:
-    """One kernel of a module with its launch shape."""
+    """One kernel of a module with its launch shape; ``cluster`` divides ``blocks``."""
 
     def __init__(
-        self, module: Any, name: str, blocks: int, threads: int, shared_bytes: int = 0
-    ) -> None:
+        self, module: Any, name: str, blocks: int, threads: int, shared_bytes: int = 0,
+        cluster: int = 1,
+    ) -> None:  # fmt: skip
         driver, _ = _bindings()
         self._driver, self._name = driver, name
         self._function = _checked(driver.cuModuleGetFunction(module, name.encode()), name)
@@ -73,7 +75,7 @@ class CudaKernel:
         # changes it only when it is empty, so kernels could not overlap.
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         _checked(driver.cuFuncSetAttribute(self._function, carveout, 100), name)
-        shape = (blocks, threads, shared_bytes)
+        shape = (blocks, threads, shared_bytes, cluster)
         self._configs = {early: self._config(*shape, early) for early in (False, True)}
 
     def launch(self, arguments: Sequence[Tensor | float | int], *, early: bool) -> None:
@@ -92,19 +94,29 @@ class CudaKernel:
             f'launching {self._name}',
         )
 
-    def _config(self, blocks: int, threads: int, shared_bytes: int, early: bool) -> Any:
+    def _config(
+        self, blocks: int, threads: int, shared_bytes: int, cluster: int, early: bool
+    ) -> Any:
         driver = self._driver
+        ids = driver.CUlaunchAttributeID
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
-        config.attrs, config.numAttrs = [], 0
+        attributes = []
         if early:
             overlap = driver.CUlaunchAttribute()
-            ids = driver.CUlaunchAttributeID
             overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             overlap.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [overlap], 1
+            attributes.append(overlap)
+        if cluster > 1:
+            together = driver.CUlaunchAttribute()
+            together.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = together.value.clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
+            together.value.clusterDim = size
+            attributes.append(together)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
 
