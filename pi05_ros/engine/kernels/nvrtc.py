@@ -76,9 +76,10 @@ class CudaKernel:
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         _checked(driver.cuFuncSetAttribute(self._function, carveout, 100), name)
         shape = (blocks, threads, shared_bytes, cluster)
+        self._cluster = cluster
         self._configs = {early: self._config(*shape, early) for early in (False, True)}
 
-    def launch(self, arguments: Sequence[Tensor | float | int], *, early: bool) -> None:
+    def launch(self, arguments: Sequence[TensorTiles | Tensor | float | int], *, early: bool) -> None:
         """Enqueue the kernel on the current stream.
 
         Args:
@@ -93,6 +94,15 @@ class CudaKernel:
             self._driver.cuLaunchKernelEx(config, self._function, (values, kinds), 0),
             f'launching {self._name}',
         )
+
+    def resident_clusters(self) -> int:
+        """Return how many clusters run at once on an empty GPU."""
+        if self._cluster == 1:
+            return torch.cuda.get_device_properties('cuda').multi_processor_count
+        config = self._configs[False]
+        return int(_checked(
+            self._driver.cuOccupancyMaxActiveClusters(self._function, config), self._name
+        ))
 
     def _config(
         self, blocks: int, threads: int, shared_bytes: int, cluster: int, early: bool
@@ -120,7 +130,31 @@ class CudaKernel:
         return config
 
 
-def _argument(value: Tensor | float | int) -> tuple[float | int, Any]:
+class TensorTiles:
+    """A matrix as kernels copy boxes of it to shared memory, swizzled; passed by value."""
+
+    def __init__(self, matrix: Tensor, box_rows: int, box_columns: int) -> None:
+        driver, _ = _bindings()
+        rows, columns = matrix.shape
+        size, bits = matrix.element_size(), driver.cuuint64_t
+        small = driver.cuuint32_t
+        self.map = _checked(
+            driver.cuTensorMapEncodeTiled(
+                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                matrix.data_ptr(), [bits(columns), bits(rows)], [bits(columns * size)],
+                [small(box_columns), small(box_rows)], [small(1), small(1)],
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            ),
+            'describing a matrix to the copy engine',
+        )  # fmt: skip
+
+
+def _argument(value: TensorTiles | Tensor | float | int) -> tuple[Any, Any]:
+    if isinstance(value, TensorTiles):
+        return value.map, None
     if isinstance(value, Tensor):
         return value.data_ptr(), ctypes.c_void_p
     if isinstance(value, float):

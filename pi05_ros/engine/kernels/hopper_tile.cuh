@@ -1,0 +1,135 @@
+// Tensor copies and warpgroup products of Hopper GPUs (sm_90a), for hopper_gemm.cu.
+//
+// Tiles in shared memory have rows of 64 bfloat16 (128 bytes) and begin at multiples of 1024 bytes;
+// the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which keeps banks apart.
+#ifndef HOPPER_TILE_CUH
+#define HOPPER_TILE_CUH
+#include "hopper.cuh"
+
+struct alignas(64) TensorMap { u64 opaque[16]; };  // CUtensorMap of the driver
+
+// Barriers that are used over and over: a wait names the parity of the phase that must be over.
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// Arrive at the same barrier of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive(u64* barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Ask for the description of a matrix ahead.
+__device__ __forceinline__ void fetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copy a box of a matrix into shared memory; zeros beyond the matrix. The barrier counts its bytes.
+__device__ __forceinline__ void load_tile(void* target, const TensorMap* map, int column, int row,
+                                          u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(target)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+// The same into every block of the cluster whose bit is set, and at its barrier.
+__device__ __forceinline__ void load_tile(void* target, const TensorMap* map, int column, int row,
+                                          u64* barrier, unsigned short blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(target)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
+// A tile as an operand of wgmma; 2 more is 16 further along K.
+__device__ __forceinline__ u64 tile_operand(const void* shared) {
+  u64 address = (shared_address(shared) & 0x3ffff) >> 4;
+  return address | 1ull << 16 | 64ull << 32 | 1ull << 62;  // 1024 bytes per 8 rows, 128-byte swizzle
+}
+__device__ __forceinline__ void wgmma_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// acc (64 x N, fp32) += a (64 x 16) b (N x 16)^T, by the four warps of a warpgroup.
+template <int N>
+__device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
+
+#define NAMES_32                                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_48                                                                            \
+  NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_64                                                                            \
+  NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_96                                                                            \
+  NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_128                                                                           \
+  NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "   \
+           "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+           "%122, %123, %124, %125, %126, %127"
+#define SUMS_8(i)                                                                          \
+  "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]),     \
+      "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define SUMS_32 SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
+#define SUMS_48 SUMS_32, SUMS_8(32), SUMS_8(40)
+#define SUMS_64 SUMS_48, SUMS_8(48), SUMS_8(56)
+#define SUMS_72 SUMS_64, SUMS_8(64)
+#define SUMS_80 SUMS_72, SUMS_8(72)
+#define SUMS_96 SUMS_80, SUMS_8(80), SUMS_8(88)
+#define SUMS_128 SUMS_96, SUMS_8(96), SUMS_8(104), SUMS_8(112), SUMS_8(120)
+#define WGMMA(N, SUMS, A, B)                                                                \
+  template <>                                                                               \
+  __device__ __forceinline__ void wgmma<N>(float (&acc)[N / 2], u64 a, u64 b) {             \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "                 \
+                 "{" NAMES_##SUMS "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}"                \
+                 : SUMS_##SUMS                                                              \
+                 : "l"(a), "l"(b));                                                         \
+  }
+WGMMA(64, 32, 32, 33)
+WGMMA(96, 48, 48, 49)
+WGMMA(128, 64, 64, 65)
+WGMMA(144, 72, 72, 73)
+WGMMA(160, 80, 80, 81)
+WGMMA(192, 96, 96, 97)
+WGMMA(256, 128, 128, 129)
+
+// Registers move from the warpgroup that copies to those that multiply.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#endif
