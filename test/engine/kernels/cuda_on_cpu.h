@@ -14,6 +14,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint2 { u32 x, y; };
@@ -31,7 +32,7 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 template <class T> static inline T __ldcg(const T* p) { return *p; }
 
-static inline void __syncthreads() { cpu::wait(cpu::block->barriers[0]); }
+static inline void __syncthreads() { cpu::wait_at(0, cpu::block->size); }
 static inline void __syncwarp() { cpu::meet(); }
 static inline u32 __shfl_xor_sync(u32, u32 v, int mask) {
   cpu::Exchange& e = cpu::next_exchange();
@@ -91,6 +92,7 @@ static void count(u64* barrier, int arrivals, int bytes) {
   moves++;
 }
 static void init(u64* barrier, u32 arrivals) {
+  if (arrivals < 1 || arrivals > 4095) fail("a barrier waits for 1 to 4095 arrivals");
   *(Barrier*)barrier = {0, arrivals, arrivals, 0, kMark};
 }
 static void wait(u64* barrier, u32 parity) {
@@ -104,13 +106,20 @@ static inline void barrier_wait(u64* barrier) { cpu::wait(barrier, 0); }
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");
-  memcpy(target, source, 16);
+  memset(target, 0xff, 16);
+  cpu::begin_task(cpu::thread->copies, [=] { memcpy(target, source, 16); });
 }
-static inline void wait_copies() {}
+static inline void wait_copies() {
+  cpu::thread->copies.groups++;
+  cpu::end_tasks(cpu::thread->copies, 0);
+}
 static inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   if (((u64)target | (u64)source | bytes) % 16) cpu::fail("copy_bulk is not aligned");
-  memcpy(target, source, bytes);
-  cpu::count(barrier, 0, -(int)bytes);
+  memset(target, 0xff, bytes);  // who still reads sees it
+  cpu::begin_copy(cpu::block->rank, [=] {
+    memcpy(target, source, bytes);
+    cpu::count(barrier, 0, -(int)bytes);
+  });
 }
 
 static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
