@@ -14,6 +14,8 @@ import torch
 from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
+from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
+from .kernels.nvrtc import has_bindings
 from .tuning import TunedChoices
 
 Tensor = torch.Tensor
@@ -119,13 +121,13 @@ class FusedOps:
     layer_norm = staticmethod(norms.layer_norm)
     embed_prompt = staticmethod(prompt.embed_prompt)
     rope_kv = staticmethod(rope.rope_kv)
-    gate_up = staticmethod(gate_up.gate_up)
 
     def __init__(self, device: torch.device, choices: TunedChoices) -> None:
         self.choices = choices
         self.gemm = cublaslt.CublasLt(device, choices)
         self.linear = self.gemm.linear
         self._shared_bytes = shared_memory_bytes(device)
+        self._hopper_gate_up = HopperGateUp(device) if _is_hopper(device) else None
 
     def vision_attention(
         self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
@@ -151,3 +153,14 @@ class FusedOps:
         key = f'prefill_attention-{q.shape[0]}'
         launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
+
+    def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
+        """Run the Hopper kernel where it can, else the Triton one."""
+        if self._hopper_gate_up is None or gate_up_misfit(x, weight) is not None:
+            gate_up.gate_up(x, weight, eps, scale, out)
+        else:
+            self._hopper_gate_up(x, weight, eps, scale, out)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and has_bindings()

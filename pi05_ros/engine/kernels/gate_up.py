@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import shared_memory_bytes
+from .launch import let_next_start
 
 
 @triton.jit
@@ -34,7 +35,8 @@ def row_scale(p_x, row, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _row_scale_kernel(p_x, p_scale, width, eps, BLOCK: tl.constexpr):
+def _row_scale_kernel(p_x, p_scale, width, eps, BLOCK: tl.constexpr, EARLY_NEXT: tl.constexpr):
+    let_next_start(EARLY_NEXT)
     row = tl.program_id(0).to(tl.int64)
     tl.store(p_scale + row, row_scale(p_x, row, width, eps, BLOCK))
 
@@ -112,9 +114,7 @@ def gate_up(
     block_m, block_n, block_k = launch['block_m'], launch['block_n'], launch['block_k']
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
     programs = min(launch['programs'], tiles)
-    _row_scale_kernel[(rows,)](
-        x, scale, depth, eps, BLOCK=triton.next_power_of_2(depth), num_warps=4
-    )
+    launch_row_scale(x, eps, scale)
     _gate_up_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(weight, [block_n, block_k]),
@@ -130,6 +130,21 @@ def gate_up(
         num_warps=launch['warps'],
         num_stages=launch['stages'],
     )
+
+
+def launch_row_scale(
+    x: torch.Tensor, eps: float, scale: torch.Tensor, *, early_next: bool = False
+) -> None:
+    """Enqueue ``scale = 1 / rms(x)`` per row, fp32.
+
+    Args:
+        early_next: the kernel behind may start at once; it waits for this one itself.
+    """
+    rows, width = x.shape
+    _row_scale_kernel[(rows,)](
+        x, scale, width, eps, BLOCK=triton.next_power_of_2(width), EARLY_NEXT=early_next,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -76,14 +76,13 @@ class CudaKernel:
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         _checked(driver.cuFuncSetAttribute(self._function, carveout, 100), name)
         shape = (blocks, threads, shared_bytes, cluster)
-        self._cluster = cluster
         self._configs = {early: self._config(*shape, early) for early in (False, True)}
 
     def launch(self, arguments: Sequence[TensorTiles | Tensor | float | int], *, early: bool) -> None:
         """Enqueue the kernel on the current stream.
 
         Args:
-            arguments: tensors as pointers, floats as float, integers as int.
+            arguments: tensors as pointers, tiles by value, floats as float, integers as int.
             early: it may start before the kernel before it has completed, for which it waits
                 itself (programmatic dependent launch).
         """
@@ -94,15 +93,6 @@ class CudaKernel:
             self._driver.cuLaunchKernelEx(config, self._function, (values, kinds), 0),
             f'launching {self._name}',
         )
-
-    def resident_clusters(self) -> int:
-        """Return how many clusters run at once on an empty GPU."""
-        if self._cluster == 1:
-            return torch.cuda.get_device_properties('cuda').multi_processor_count
-        config = self._configs[False]
-        return int(_checked(
-            self._driver.cuOccupancyMaxActiveClusters(self._function, config), self._name
-        ))
 
     def _config(
         self, blocks: int, threads: int, shared_bytes: int, cluster: int, early: bool

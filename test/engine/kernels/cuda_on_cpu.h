@@ -49,6 +49,20 @@ static inline float __shfl_xor_sync(u32, float v, int mask) {
   return __uint_as_float(e.words[lane ^ mask][0]);
 }
 
+static inline u32 __shfl_sync(u32, u32 v, int lane) {
+  cpu::Exchange& e = cpu::next_exchange();
+  e.words[threadIdx.x % 32][0] = v;
+  cpu::meet();
+  return e.words[lane][0];
+}
+static inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+  u64 bytes = (u64)high << 32 | low;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++)
+    result |= (u32)(bytes >> (selector >> i * 4 & 7) * 8 & 0xff) << i * 8;
+  return result;
+}
+
 static inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 static inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 static inline u32 rounded_bits(float f) {
