@@ -243,7 +243,7 @@ class CudaPipeline(Pipeline):
         self._ops = self._choose_ops(device)
         num_views = len(shape.view_sizes_px)
         vision_weights = pack_vision(state, config, dtype, device)
-        prefill_weights = pack_prefill(state, config, dtype, device)
+        prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
         self._inputs = InputBuffers(config, shape, device)
         self.prefill = PrefillStage(
             prefill_weights,
@@ -279,7 +279,7 @@ class CudaPipeline(Pipeline):
             return PlainGpuOps()
         choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
         _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
-        return FusedOps(device, choices)
+        return FusedOps(device, choices, self.config.vlm)
 
     def _capture(self) -> None:
         """Capture every graph that a call can need, all sharing one memory pool."""

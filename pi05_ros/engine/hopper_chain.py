@@ -18,9 +18,6 @@ from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.sampler import step_size
 
 _SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
-_HEADERS = tuple(
-    _SOURCE.with_name(f'hopper{part}.cuh') for part in ('', '_block', '_product', '_attention')
-)
 # Products that get a block on every multiprocessor, see hopper_product.cuh.
 _SPREAD = ('attention_out', 'gate_up', 'down')
 
@@ -85,7 +82,7 @@ class HopperChain:
         plan, config, horizon = self.plan, self.config, self.horizon
         expert, device = config.expert, self._noise.device
         macros = tuple(hopper_layout.defines(plan, config, horizon).items())
-        module = compile_module(_SOURCE, _HEADERS, macros, device)
+        module = compile_module(_SOURCE, macros, device)
         rows = expert.num_heads * horizon
         shapes = {
             'attend': (

@@ -7,14 +7,25 @@ very same stages in float32 and on a CPU. :class:`PlainGpuOps` are those under a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
+from pi05_ros.model.config import GemmaConfig
+
+from .kernels import (
+    cublaslt,
+    gate_up,
+    hopper_gate_up,
+    norms,
+    prefill_attention,
+    prompt,
+    resize,
+    rope,
+)
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
-from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.nvrtc import has_bindings
 from .tuning import TunedChoices
 
@@ -87,6 +98,9 @@ class Ops(Protocol):
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.prefill_attention.prefill_attention`."""
 
+    def interleave(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the weight of ``gate_up`` from its two halves."""
+
     def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
         """See :func:`pi05_ros.engine.kernels.gate_up.gate_up`."""
 
@@ -103,6 +117,7 @@ class PlainOps:
     embed_prompt = staticmethod(prompt.embed_prompt_plain)
     rope_kv = staticmethod(rope.rope_kv_plain)
     prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
+    interleave = staticmethod(gate_up.interleave)
     gate_up = staticmethod(gate_up.gate_up_plain)
 
 
@@ -122,12 +137,14 @@ class FusedOps:
     embed_prompt = staticmethod(prompt.embed_prompt)
     rope_kv = staticmethod(rope.rope_kv)
 
-    def __init__(self, device: torch.device, choices: TunedChoices) -> None:
+    def __init__(self, device: torch.device, choices: TunedChoices, vlm: GemmaConfig) -> None:
         self.choices = choices
         self.gemm = cublaslt.CublasLt(device, choices)
         self.linear = self.gemm.linear
         self._shared_bytes = shared_memory_bytes(device)
-        self._hopper_gate_up = HopperGateUp(device) if _is_hopper(device) else None
+        self.gate_up: Callable[..., None] = gate_up.gate_up
+        self.interleave = gate_up.interleave
+        self._use_hopper_gate_up(vlm)
 
     def vision_attention(
         self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
@@ -154,13 +171,11 @@ class FusedOps:
         launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 
-    def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
-        """Run the Hopper kernel where it can, else the Triton one."""
-        if self._hopper_gate_up is None or gate_up_misfit(x, weight) is not None:
-            gate_up.gate_up(x, weight, eps, scale, out)
-        else:
-            self._hopper_gate_up(x, weight, eps, scale, out)
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9 and has_bindings()
+    def _use_hopper_gate_up(self, vlm: GemmaConfig) -> None:
+        """Take the kernel for Hopper GPUs where it runs; it has an order of weights of its own."""
+        is_hopper = torch.cuda.get_device_capability(self.gemm.device)[0] == 9
+        if not is_hopper or not has_bindings():
+            return
+        if hopper_gate_up.gate_up_misfit(vlm.mlp_dim, vlm.width) is None:
+            self.gate_up = hopper_gate_up.HopperGateUp(self.gemm.device)
+            self.interleave = hopper_gate_up.interleave

@@ -7,14 +7,12 @@ lie near -1, where (1 + w) in bfloat16 would vanish (performance.md 3.2).
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 import torch
 
 from pi05_ros.model.config import Pi05Config
-
-from .kernels.gate_up import interleave
 
 State = MutableMapping[str, torch.Tensor]
 
@@ -77,7 +75,7 @@ class PrefillLayer:
 
     qkv: torch.Tensor  # ((heads + 2) * D, W)
     out: torch.Tensor  # (W, heads * D)
-    gate_up: torch.Tensor  # (2 F, W), gate and up rows alternating
+    gate_up: torch.Tensor  # (2 F, W), gate and up rows as Ops.interleave puts them
     down: torch.Tensor  # (W, F)
 
 
@@ -183,9 +181,14 @@ def _pack_patches(take: _Taker, config: Pi05Config) -> tuple[torch.Tensor, torch
 
 
 def pack_prefill(
-    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device
-) -> PrefillWeights:
-    """Take the language model out of ``state``; what inference never reads is dropped."""
+    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device,
+    interleave: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> PrefillWeights:  # fmt: skip
+    """Take the language model out of ``state``; what inference never reads is dropped.
+
+    Args:
+        interleave: makes one weight of gate and up, as the kernels read it.
+    """
     take = _Taker(state, dtype, device)
     layers = []
     for index in range(config.vlm.depth - 1):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pi05_ros.engine import denoise, hopper_chain
+from pi05_ros.engine import denoise
 from pi05_ros.engine.denoise import DenoiseStage
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.hopper_chain import hopper_obstacle
@@ -97,13 +97,3 @@ def test_packed_weights_are_the_same_weights():
     for name in hopper_layout.PRODUCTS:
         assert not torch.equal(getattr(packed, name), getattr(weights, name))
         assert torch.equal(getattr(again, name), getattr(weights, name))
-
-
-def test_every_header_of_the_source_is_handed_to_the_compiler():
-    names = {header.name for header in hopper_chain._HEADERS}
-    folder = hopper_chain._SOURCE.parent
-    assert names == {path.name for path in folder.glob('*.cuh')}
-    for path in (hopper_chain._SOURCE, *hopper_chain._HEADERS):
-        lines = path.read_text().splitlines()
-        included = {line.split('"')[1] for line in lines if line.startswith('#include')}
-        assert included <= names

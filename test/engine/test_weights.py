@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pi05_ros.engine.kernels.gate_up import interleave
 from pi05_ros.engine.weights import pack_prefill, pack_vision
 from pi05_ros.model.checkpoint import load_state, open_checkpoint
 
@@ -24,7 +25,7 @@ def state(golden_dir):
 
 def test_packing_takes_the_tensors_out_of_the_state(state, config):
     pack_vision(state, config, torch.float32, CPU)
-    pack_prefill(state, config, torch.float32, CPU)
+    pack_prefill(state, config, torch.float32, CPU, interleave)
     left = {name.split('.')[1] if 'expert' in name else name for name in state}
     assert not any('paligemma.' in name for name in state), left
 
@@ -34,7 +35,12 @@ def test_norm_weights_near_minus_one_survive_bfloat16(state, config):
     name = LANGUAGE + 'input_layernorm.weight'
     state[name] = torch.full_like(state[name], -0.998321)
     q = state[LANGUAGE + 'self_attn.q_proj.weight'].clone()
-    packed = pack_prefill(state, config, torch.bfloat16, CPU).layers[0].qkv[: q.shape[0]].float()
+    packed = (
+        pack_prefill(state, config, torch.bfloat16, CPU, interleave)
+        .layers[0]
+        .qkv[: q.shape[0]]
+        .float()
+    )
     expected = q * (1.0 - 0.998321)
     assert (packed - expected).abs().max() <= expected.abs().max() * 2**-8
 
@@ -51,6 +57,6 @@ def test_the_patch_weight_is_closer_to_float32_than_one_bfloat16(state, config):
 
 
 def test_the_last_layer_keeps_only_what_fills_the_cache(state, config):
-    packed = pack_prefill(state, config, torch.float32, CPU)
+    packed = pack_prefill(state, config, torch.float32, CPU, interleave)
     assert len(packed.layers) == config.vlm.depth - 1
     assert packed.last_kv.shape == (2 * config.vlm.head_dim, config.vlm.width)

@@ -6,7 +6,8 @@
 // CLUSTER blocks of a cluster have different rows and the same features: each brings its share of
 // the features, once from L2 into all of them.
 //
-// Gate and up features alternate, so that a pair ends in neighbouring registers of a thread.
+// Gate and up features alternate, so that a pair ends in neighbouring registers of a thread, in an
+// order of units that gives a thread eight neighbours to write at once (hopper_gate_up.interleave).
 // x is older than the kernel before this one, which computes s: only who uses s waits for it.
 #include "hopper_tile.cuh"
 
@@ -84,23 +85,8 @@ __device__ __forceinline__ u32 geglu2(float a, float gate0, float up0, float gat
   return pack(g0 * (up0 * a) * (y * r), g1 * (up1 * a) * (x * r));
 }
 
-// Four neighbouring lanes hold the rows of a 4 x 4 matrix; after this, its columns.
-__device__ __forceinline__ void transpose4(u32 (&v)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & step) continue;
-      u32 sent = upper ? v[i] : v[i | step];
-      u32 got = __shfl_xor_sync(~0u, sent, step);
-      if (upper) v[i] = got; else v[i | step] = got;
-    }
-  }
-}
-
 // A warpgroup's sums of 64 rows by N features: lane l of a warp has rows l / 4 and l / 4 + 8, and
-// of 64 features the pairs 4 i + l % 4.
+// of 64 features the pairs 4 j + l % 4, which are units 8 (l % 4) + j: the weight's order sees to it.
 template <int N>
 struct Sums {
   float acc[N / 2];
@@ -119,7 +105,6 @@ struct Sums {
     }
   }
   __device__ __forceinline__ void write(bf16* out, int row0, int rows, int unit0, int width) const {
-    int lane = threadIdx.x % 32;
 #pragma unroll
     for (int part = 0; part < N / 64 * 2; part++) {
       int half = part % 2, row = row0 + Sums::row() + half * 8;
@@ -128,14 +113,9 @@ struct Sums {
 #pragma unroll
       for (int i = 0; i < 4; i++)
         words[i] = geglu2(scale[half], v[i * 8], v[i * 8 + 1], v[i * 8 + 4], v[i * 8 + 5]);
-      // Word i is of pairs 8 i + l % 4 and 4 more; after this the lane has pairs 8 (l % 4) to + 7.
-      transpose4(words, lane);
-      uint4 y = make_uint4(__byte_perm(words[0], words[1], 0x5410),
-                           __byte_perm(words[2], words[3], 0x5410),
-                           __byte_perm(words[0], words[1], 0x7632),
-                           __byte_perm(words[2], words[3], 0x7632));
       if (row < rows)
-        *(uint4*)(out + (size_t)row * width + unit0 + part / 2 * 32 + lane % 4 * 8) = y;
+        *(uint4*)(out + (size_t)row * width + unit0 + part / 2 * 32 + threadIdx.x % 4 * 8) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 };

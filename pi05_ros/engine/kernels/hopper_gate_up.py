@@ -12,7 +12,6 @@ from .gate_up import launch_row_scale
 from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_gate_up.cu')
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ('hopper.cuh', 'hopper_tile.cuh'))
 _FEATURES, _DEPTH = 256, 64  # of a tile, and of a step along K
 _THREADS = 384
 _RING_BYTES = 225 * 1024
@@ -46,13 +45,13 @@ class Tiling:
         return _RING_BYTES // self._stage_bytes()
 
 
-def gate_up_misfit(x: Tensor, weight: Tensor) -> str | None:
-    """Return why the kernel cannot take a product, or None if it can."""
-    if x.dtype != torch.bfloat16:
-        return f'it computes in bfloat16, not in {x.dtype}'
-    features, depth = weight.shape
-    if features % _FEATURES or depth % _DEPTH:
-        return f'{depth} columns and {features} features are no multiples of {_DEPTH}, {_FEATURES}'
+def gate_up_misfit(hidden: int, width: int) -> str | None:
+    """Return why the kernel cannot take (2 ``hidden``, ``width``) weights, or None if it can."""
+    if 2 * hidden % _FEATURES or width % _DEPTH:
+        return (
+            f'the width {width} must be a multiple of {_DEPTH}, '
+            f'the MLP width {hidden} of {_FEATURES // 2}'
+        )
     return None
 
 
@@ -70,8 +69,21 @@ def choose_tiling(rows: int, features: int, processors: int) -> Tiling:
     return Tiling(tile_rows, 2 if -(-rows // tile_rows) % 2 == 0 else 1)
 
 
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Return (2 F, W): gate and up rows alternating, units of 32 in the order of the kernel.
+
+    Rows 64 n + 8 j + 2 q and the next one are gate and up of unit 32 n + 8 q + j: a thread has the
+    sums of one q, and writes those units side by side.
+    """
+    units = torch.arange(len(gate), device=gate.device).view(-1, 4, 8).transpose(1, 2).flatten()
+    return torch.stack((gate[units], up[units]), dim=1).flatten(0, 1)
+
+
 class HopperGateUp:
-    """The kernels of one device, compiled when a number of rows first needs them."""
+    """The kernels of one device, compiled when a number of rows first needs them.
+
+    The weight has its rows in the order of :func:`interleave`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -102,7 +114,7 @@ class HopperGateUp:
         kernel = self._kernels.get((tiling, blocks))
         if kernel is None:
             macros = tuple(tiling.defines().items())
-            module = compile_module(_SOURCE, _HEADERS, macros, self._device)
+            module = compile_module(_SOURCE, macros, self._device)
             kernel = CudaKernel(
                 module, 'gate_up', blocks, _THREADS, tiling.shared_bytes(), tiling.cluster
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pi05_ros.engine.pipeline import BackendError
 
+_INCLUDED = re.compile(r'^#include "(.*)"', re.MULTILINE)
+
 
 def has_bindings() -> bool:
     """Return whether the package cuda-bindings is there; PyTorch's CUDA packages bring it."""
@@ -22,15 +25,17 @@ def has_bindings() -> bool:
 
 @cache
 def compile_module(
-    source: Path, headers: tuple[Path, ...], macros: tuple[tuple[str, int | str], ...],
-    device: torch.device,
-) -> Any:  # fmt: skip
+    source: Path, macros: tuple[tuple[str, int | str], ...], device: torch.device
+) -> Any:
     """Return the driver's module of a source, compiled once per process, device and macros.
+
+    The headers that it includes lie beside it.
 
     Raises:
         BackendError: the package cuda-bindings is missing, or the source does not compile.
     """
     driver, nvrtc = _bindings()
+    headers = included_files(source)
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             source.read_bytes(), source.name.encode(), len(headers),
@@ -56,6 +61,13 @@ def compile_module(
         return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
 
 
+def included_files(source: Path) -> list[Path]:
+    """Return the files that a source includes, and those that they include."""
+    found = [source.with_name(name) for name in _INCLUDED.findall(source.read_text())]
+    further = [path for header in found for path in included_files(header)]
+    return list(dict.fromkeys(found + further))
+
+
 class CudaKernel:
     """One kernel of a module with its launch shape; ``cluster`` divides ``blocks``."""
 
@@ -78,7 +90,9 @@ class CudaKernel:
         shape = (blocks, threads, shared_bytes, cluster)
         self._configs = {early: self._config(*shape, early) for early in (False, True)}
 
-    def launch(self, arguments: Sequence[TensorTiles | Tensor | float | int], *, early: bool) -> None:
+    def launch(
+        self, arguments: Sequence[TensorTiles | Tensor | float | int], *, early: bool
+    ) -> None:
         """Enqueue the kernel on the current stream.
 
         Args:

@@ -9,9 +9,14 @@ import pytest
 import torch
 from cuda_on_cpu import CpuModule, TensorMap
 
-from pi05_ros.engine.kernels import hopper_gate_up
-from pi05_ros.engine.kernels.gate_up import gate_up_plain, row_scale_plain
-from pi05_ros.engine.kernels.hopper_gate_up import Tiling, choose_tiling, gate_up_misfit
+from pi05_ros.engine.kernels import gate_up, hopper_gate_up
+from pi05_ros.engine.kernels.hopper_gate_up import (
+    Tiling,
+    choose_tiling,
+    gate_up_misfit,
+    interleave,
+)
+from pi05_ros.model.config import Pi05Config
 
 _EPS = 1e-6
 _H200_PROCESSORS = 132
@@ -25,8 +30,10 @@ def _draw(rows: int, features: int, depth: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _twin(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the product with a weight of the gate rows and then the up rows."""
     out = torch.empty(len(x), len(weight) // 2)
-    gate_up_plain(x.float(), weight.float(), _EPS, torch.empty(len(x)), out)
+    merged = gate_up.interleave(*weight.chunk(2))
+    gate_up.gate_up_plain(x.float(), merged.float(), _EPS, torch.empty(len(x)), out)
     return out
 
 
@@ -45,11 +52,12 @@ def module(request, tmp_path_factory) -> tuple[Tiling, CpuModule]:
 def test_gate_up_matches_its_twin(module, rows, features, depth, processors):
     tiling, kernels = module
     x, weight = _draw(rows, features, depth)
+    merged = interleave(*weight.chunk(2))
     room = torch.full((rows + 1, features // 2), float('nan'), dtype=torch.bfloat16)
     kernels.launch(
         'gate_up', tiling.blocks(rows, features, processors), 384, tiling.cluster,
-        TensorMap(x, tiling.tile_rows), TensorMap(weight, 256 // tiling.cluster),
-        row_scale_plain(x, _EPS)[:, 0].contiguous(), room[:rows], rows, features, depth,
+        TensorMap(x, tiling.tile_rows), TensorMap(merged, 256 // tiling.cluster),
+        gate_up.row_scale_plain(x, _EPS)[:, 0].contiguous(), room[:rows], rows, features, depth,
     )  # fmt: skip
     assert room[rows].isnan().all()
     twin = _twin(x, weight)
@@ -69,7 +77,7 @@ def test_gate_up_matches_its_twin_at_full_size(rows):
     kernel = hopper_gate_up.HopperGateUp(device)
     for _ in range(2):
         out = torch.full((rows, 16384), float('nan'), dtype=torch.bfloat16, device=device)
-        kernel(x, weight, _EPS, scale, out)
+        kernel(x, interleave(*weight.chunk(2)), _EPS, scale, out)
         results.append(out)
     twin = _twin(x.cpu(), weight.cpu()).to(device)
     assert (results[0].float() - twin).norm() / twin.norm() < 3e-3
@@ -91,18 +99,13 @@ def test_a_grid_is_whole_clusters_and_no_larger_than_the_gpu():
 
 
 @pytest.mark.parametrize(
-    ('shape', 'dtype', 'reason'),
-    [
-        ((512, 96), torch.bfloat16, '96 columns and 512 features'),
-        ((320, 128), torch.bfloat16, '128 columns and 320 features'),
-        ((512, 128), torch.float32, 'in bfloat16, not in torch.float32'),
-    ],
+    ('hidden', 'width', 'reason'),
+    [(256, 96, 'the width 96 must be a multiple of 64'), (200, 128, 'the MLP width 200 of 128')],
 )
-def test_what_the_kernel_cannot_take_is_said(shape, dtype, reason):
-    x, weight = torch.empty(4, shape[1], dtype=dtype), torch.empty(shape, dtype=dtype)
-    assert reason in gate_up_misfit(x, weight)
+def test_what_the_kernel_cannot_take_is_said(hidden, width, reason):
+    assert reason in gate_up_misfit(hidden, width)
 
 
 def test_the_released_model_fits():
-    x, weight = (torch.empty(n, 2048, dtype=torch.bfloat16) for n in (712, 32768))
-    assert gate_up_misfit(x, weight) is None
+    vlm = Pi05Config.full().vlm
+    assert gate_up_misfit(vlm.mlp_dim, vlm.width) is None

@@ -49,8 +49,7 @@ class GpuKernels:
 
         self.horizon = horizon
         sizes = tuple(defines(_PLAN, _CONFIG, horizon).items())
-        headers = tuple(_SOURCE.parent.glob('*.cuh'))
-        self._module = compile_module(_SOURCE, headers, sizes, torch.device('cuda'))
+        self._module = compile_module(_SOURCE, sizes, torch.device('cuda'))
         self._shared_bytes = {
             name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
         } | {
