@@ -117,14 +117,19 @@ __device__ __forceinline__ uint4 load_l2(const void* source) {
   return v;
 }
 
-// The same into shared memory, in the background; wait_copies waits for those of this thread.
+// The same into shared memory, in the background, in groups that arrive in order. A thread waits
+// for all of its groups but the last few.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                "l"(source)
                : "memory");
 }
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+__device__ __forceinline__ void end_copy_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kCount>
+__device__ __forceinline__ void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
 // c (16 x 8) += a (16 x 16) b (16 x 8): the layout of m16n8k16 in the PTX manual.

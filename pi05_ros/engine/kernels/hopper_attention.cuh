@@ -1,17 +1,54 @@
-// The attention of hopper_layer.cu: ranges of keys, and the merge of the ranges.
+// The attention of hopper_layer.cu, in clusters whose blocks each take a range of keys.
 #ifndef HOPPER_ATTENTION_CUH
 #define HOPPER_ATTENTION_CUH
 #include "hopper_block.cuh"
 
-// All heads share one K/V head, so the queries of all heads are rows of one matrix; a block takes
-// 32 of them and one range of keys. Two teams of warps have 16 queries each; the warps of a team
-// split the keys for the logits and the head dimension for the outputs.
-constexpr int kQueries = HEADS * HORIZON, kQueryBlock = 32, kTeam = kWarps / 2;
-constexpr int kLdKey = HEAD_DIM + 32, kLdValue = HEAD_DIM + 8;  // no bank conflicts
-constexpr int kLdWeight = KEYS + 8;
-constexpr int kTurns = (KEYS / 8 + kTeam - 1) / kTeam, kDims = HEAD_DIM / kTeam;
-constexpr int kHeadSteps = HEAD_DIM / 32;
-static_assert(KEYS % 16 == 0 && kDims % 32 == 0, "attention tiling");
+// All heads share one K/V head, so the queries of all heads are rows of one matrix; a cluster takes
+// QUERY_BLOCK of them. A range has an equal share of the prefix and of the action tokens, whose
+// keys come last and are few. Every warp takes all queries: with some of the keys for the logits,
+// with some of the columns for the output.
+constexpr int kQueries = HEADS * HORIZON, kQueryTiles = QUERY_BLOCK / 16;
+constexpr int kNew = (HORIZON + RANGES - 1) / RANGES;  // action tokens of a range
+constexpr int kNewRows = (kNew + 7) / 8 * 8;           // their rows, before those of the prefix
+constexpr int kTurns = (KEYS / 8 + kWarps - 1) / kWarps;  // tiles of 8 keys of a warp
+constexpr int kHeldTurns = kTurns < 2 ? kTurns : 2;       // whose keys wait in registers
+constexpr int kChains = kTurns * kQueryTiles < 4 ? 2 : 1;  // sums of one logit, to overlap
+constexpr int kHeadSteps = HEAD_DIM / 32, kPieces = HEAD_DIM / 8, kColumns = HEAD_DIM / kWarps;
+constexpr int kShare = (QUERY_BLOCK + RANGES - 1) / RANGES;  // queries that a block merges
+constexpr int kKeyRows = KEYS < kShare * RANGES ? kShare * RANGES : KEYS;
+constexpr int kLdWeight = KEYS + 8;  // no bank conflicts
+static_assert(KEYS % 16 == 0 && KEYS > kNewRows && QUERY_BLOCK % 16 == 0, "attention tiling");
+static_assert(kLdWeight <= HEAD_DIM, "the weights take the place of the queries");
+static_assert(kPieces == 32 && kColumns == 32, "a lane has 16 bytes of a row");
+
+// Shared memory: rows of HEAD_DIM, (kKeyRows + KEYS + QUERY_BLOCK) of them.
+__device__ __forceinline__ bf16* key_rows() { return (bf16*)shared_memory; }
+__device__ __forceinline__ bf16* value_rows() { return key_rows() + kKeyRows * HEAD_DIM; }
+__device__ __forceinline__ bf16* query_rows() { return value_rows() + KEYS * HEAD_DIM; }
+// (QUERY_BLOCK, kLdWeight), once the queries are used.
+__device__ __forceinline__ bf16* weight_rows() { return query_rows(); }
+// (RANGES, kShare) rows from all blocks of the cluster, once the keys are used.
+__device__ __forceinline__ bf16* part_rows() { return key_rows(); }
+
+// 16 bytes of a row. They are exchanged within 128 bytes, so that neither 8 lanes with two rows nor
+// 8 lanes with the same columns of 8 rows meet in a bank.
+__device__ __forceinline__ uint4* piece(bf16* rows, int row, int at) {
+  return (uint4*)(rows + row * HEAD_DIM) + (at ^ (row % 2 * 4 | row / 2 % 4));
+}
+
+// A block's part: its queries, and its keys by their first one and number.
+struct Range {
+  int rank, query0, first_new, news, first_old, olds;
+  __device__ __forceinline__ explicit Range(int prefix) {
+    int share = (prefix + RANGES - 1) / RANGES;
+    rank = cluster_rank(), query0 = blockIdx.x / RANGES * QUERY_BLOCK;
+    first_new = rank * kNew, news = max(min(kNew, HORIZON - first_new), 0);
+    first_old = rank * share, olds = max(min(share, prefix - first_old), 0);
+  }
+  __device__ __forceinline__ bool seen(int row) const {
+    return row < kNewRows ? row < news : row < kNewRows + olds;
+  }
+};
 
 // Four neighbouring lanes hold the rows of a 4 x 4 matrix; after this, its columns.
 __device__ __forceinline__ void transpose4(u32 (&v)[4], int lane) {
@@ -28,181 +65,255 @@ __device__ __forceinline__ void transpose4(u32 (&v)[4], int lane) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
-    const bf16* qkv,                       // (HEADS + 2, H, HEAD_DIM)
-    const bf16* keys, const bf16* values,  // (P_max, HEAD_DIM)
-    const int* n_prefix,
-    bf16* parts,      // (RANGES, HEADS * H, HEAD_DIM), written
-    float* log_sums,  // (RANGES, HEADS * H), written, in units of log2
-    float log2_scale) {
-  bf16* k_rows = (bf16*)shared_memory;
-  bf16* v_rows = k_rows + KEYS * kLdKey;
-  bf16* q_rows = v_rows + KEYS * kLdValue;
-  bf16* weights = q_rows;  // once the queries are used
-  __shared__ float tops[kQueryBlock][kTeam], norms[kQueryBlock][kTeam];
-  let_next_start();
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / kTeam, member = warp % kTeam;
-  int row = lane / 4, range = blockIdx.x % RANGES, query0 = blockIdx.x / RANGES * kQueryBlock;
-  int prefix = *n_prefix, total = prefix + HORIZON;
-  int per_range = ((total + RANGES - 1) / RANGES + 15) / 16 * 16;
-  int first = range * per_range, count = min(max(total - first, 0), per_range);
-  int from_prefix = min(max(prefix - first, 0), count), padded = (count + 15) / 16 * 16;
-  constexpr int kChunks = HEAD_DIM / 8;
-  for (int i = threadIdx.x; i < from_prefix * kChunks; i += kThreads) {
-    int key = i / kChunks, chunk = i % kChunks * 8;
-    size_t source = (size_t)(first + key) * HEAD_DIM + chunk;
-    copy_async(k_rows + key * kLdKey + chunk, keys + source);
-    copy_async(v_rows + key * kLdValue + chunk, values + source);
-  }
-  for (int i = count * kChunks + threadIdx.x; i < padded * kChunks; i += kThreads)
-    *(uint4*)(v_rows + i / kChunks * kLdValue + i % kChunks * 8) = make_uint4(0, 0, 0, 0);
-  wait_for_previous();
+// Ask for the keys and values of the prefix; values of rows that nobody sees are 0.
+__device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys,
+                                            const bf16* values) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  size_t source = (size_t)range.first_old * HEAD_DIM + lane * 8;
+  for (int row = warp; row < range.olds; row += kWarps)
+    copy_async(piece(key_rows(), kNewRows + row, lane), keys + source + row * HEAD_DIM);
+  end_copy_group();
+  for (int row = warp; row < range.olds; row += kWarps)
+    copy_async(piece(value_rows(), kNewRows + row, lane), values + source + row * HEAD_DIM);
+  end_copy_group();
+  for (int row = warp; row < KEYS; row += kWarps)
+    if (!range.seen(row)) *piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
+}
 
-  const bf16* suffix = qkv + (ptrdiff_t)(kQueries + first - prefix) * HEAD_DIM;
-  for (int i = from_prefix * kChunks + threadIdx.x; i < count * kChunks; i += kThreads) {
-    int key = i / kChunks, chunk = i % kChunks * 8;
-    const bf16* source = suffix + (ptrdiff_t)key * HEAD_DIM + chunk;
-    copy_async(k_rows + key * kLdKey + chunk, source);
-    copy_async(v_rows + key * kLdValue + chunk, source + HORIZON * HEAD_DIM);
-  }
-  for (int i = threadIdx.x; i < kQueryBlock * kChunks; i += kThreads) {
-    int mine = i / kChunks, chunk = i % kChunks * 8;
+// Ask for what the kernel before this one wrote: the queries, and this range's new keys and values.
+__device__ __forceinline__ void load_new(const Range& range, const bf16* qkv) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < QUERY_BLOCK / kWarps; j++) {
+    int row = j * kWarps + warp;
     // Rows behind the last query repeat it and are not written.
-    copy_async(q_rows + mine * kLdKey + chunk,
-               qkv + (size_t)min(query0 + mine, kQueries - 1) * HEAD_DIM + chunk);
+    size_t query = min(range.query0 + row, kQueries - 1);
+    copy_async(piece(query_rows(), row, lane), qkv + query * HEAD_DIM + lane * 8);
   }
-  wait_copies();
-  __syncthreads();  // keys and values are in place
+#pragma unroll
+  for (int j = 0; j < kNewRows / kWarps; j++) {
+    int row = j * kWarps + warp;
+    if (row >= range.news) break;
+    const bf16* key = qkv + (size_t)(kQueries + range.first_new + row) * HEAD_DIM + lane * 8;
+    copy_async(piece(key_rows(), row, lane), key);
+    copy_async(piece(value_rows(), row, lane), key + HORIZON * HEAD_DIM);
+  }
+  end_copy_group();
+}
 
-  // Logits of 8 keys per turn, in registers until the rows' maxima are known.
-  const float kLowest = __int_as_float(0xff800000);
-  float logits[kTurns][4] = {}, top[2] = {kLowest, kLowest};
-  const bf16* q_at = q_rows + (team * 16 + row) * kLdKey + lane % 4 * 8;
-  const bf16* k_at = k_rows + (member * 8 + row) * kLdKey + lane % 4 * 8;
+// The warp's keys of one turn; a turn behind the last key repeats it.
+__device__ __forceinline__ uint4 key_piece(int turn, int step) {
+  int lane = threadIdx.x % 32, tile = min(turn * kWarps + (int)threadIdx.x / 32, KEYS / 8 - 1);
+  return *piece(key_rows(), tile * 8 + lane / 4, step * 4 + lane % 4);
+}
+
+// Logits of 8 keys per turn: [turn][query tile] in the layout of the matrix instruction.
+__device__ __forceinline__ void multiply_keys(const uint4 (&held)[kHeldTurns][kHeadSteps],
+                                              float (&logits)[kTurns][kQueryTiles][4]) {
+  int lane = threadIdx.x % 32;
+  float sums[kChains][kTurns][kQueryTiles][4] = {};
 #pragma unroll
   for (int s = 0; s < kHeadSteps; s++) {
-    uint4 q0 = *(const uint4*)(q_at + s * 32), q1 = *(const uint4*)(q_at + 8 * kLdKey + s * 32);
+    uint4 q[kQueryTiles][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kQueryTiles; i++)
+      q[i / 2][i % 2] = *piece(query_rows(), i * 8 + lane / 4, s * 4 + lane % 4);
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-      if ((turn * kTeam + member) * 8 >= padded) break;
-      uint4 k = *(const uint4*)(k_at + turn * kTeam * 8 * kLdKey + s * 32);
-      mma(logits[turn], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-      mma(logits[turn], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+      uint4 k = turn < kHeldTurns ? held[turn % kHeldTurns][s] : key_piece(turn, s);
+#pragma unroll
+      for (int t = 0; t < kQueryTiles; t++) {
+        uint4 q0 = q[t][0], q1 = q[t][1];
+        mma(sums[0][turn][t], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
+        mma(sums[kChains - 1][turn][t], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+      }
     }
   }
 #pragma unroll
   for (int turn = 0; turn < kTurns; turn++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      bool seen = (turn * kTeam + member) * 8 + lane % 4 * 2 + i % 2 < count;
-      logits[turn][i] = seen ? logits[turn][i] * log2_scale : kLowest;
-      top[i / 2] = fmaxf(top[i / 2], logits[turn][i]);
-    }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
-    if (lane % 4 == 0) tops[team * 16 + h * 8 + row][member] = top[h];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int mine = team * 16 + h * 8 + row;
-    float norm = 0.f;
-#pragma unroll
-    for (int m = 0; m < kTeam; m++) top[h] = fmaxf(top[h], tops[mine][m]);
-    float origin = count == 0 ? 0.f : top[h];  // a range without keys: weights 0, not NaN
-#pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      int key0 = (turn * kTeam + member) * 8;
-      if (key0 < padded) {
-        float p0 = exp2_fast(logits[turn][h * 2] - origin);
-        float p1 = exp2_fast(logits[turn][h * 2 + 1] - origin);
-        norm += p0 + p1;
-        *(u32*)(weights + mine * kLdWeight + key0 + lane % 4 * 2) = pack(p0, p1);
-      }
-    }
-    norm += __shfl_xor_sync(~0u, norm, 1);
-    norm += __shfl_xor_sync(~0u, norm, 2);
-    if (lane % 4 == 0) norms[mine][member] = norm;
-  }
-  __syncthreads();
-  float acc[kDims / 8][4] = {};
-  const bf16* a_at = weights + (team * 16 + lane % 16) * kLdWeight + lane / 16 * 8;
-  const bf16* b_at = v_rows + lane % 16 * kLdValue + member * kDims + lane / 16 * 8;
-#pragma unroll
-  for (int g = 0; g < KEYS / 16; g++) {
-    if (g * 16 >= padded) break;
-    u32 a[4];
-    load_matrix4(a, a_at + g * 16);
-#pragma unroll
-    for (int n = 0; n < kDims / 16; n++) {
-      u32 b[4];
-      load_matrix4_transposed(b, b_at + g * 16 * kLdValue + n * 16);
-      mma(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-      mma(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int mine = team * 16 + h * 8 + row;
-    float norm = 0.f;
-#pragma unroll
-    for (int m = 0; m < kTeam; m++) norm += norms[mine][m];
-    int query = query0 + mine;
-    float inverse = count == 0 ? 0.f : reciprocal(norm);
-    size_t at = (size_t)range * kQueries + query;
-    bool written = query < kQueries;
-    if (written && member == 0 && lane % 4 == 0)
-      log_sums[at] = count == 0 ? kLowest : top[h] + log2_fast(norm);
-    bf16* target = parts + at * HEAD_DIM + member * kDims + lane % 4 * 8;
-#pragma unroll
-    for (int n = 0; n < kDims / 32; n++) {
-      // A lane has two columns of each of four 8-column tiles; after the exchange, one whole tile.
-      u32 own[4];
+    for (int t = 0; t < kQueryTiles; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        own[i] = pack(acc[4 * n + i][h * 2] * inverse, acc[4 * n + i][h * 2 + 1] * inverse);
-      transpose4(own, lane);
-      if (written) *(uint4*)(target + n * 32) = make_uint4(own[0], own[1], own[2], own[3]);
+        logits[turn][t][i] = sums[0][turn][t][i] + (kChains > 1 ? sums[kChains - 1][turn][t][i] : 0.f);
+}
+
+// A lane has the queries t * 16 + h * 8 + lane / 4.
+typedef float OfQueries[kQueryTiles][2];
+
+// Softmax over the range's keys, without the division: weights into shared memory, the range's
+// maxima into `top`. of_warp: what each warp has of each query, at the end the sum of its weights.
+__device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns][kQueryTiles][4],
+                                      float log2_scale, float (*of_warp)[kWarps], OfQueries& top) {
+  const float kLowest = __int_as_float(0xff800000);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kQueryTiles * 2; i++) {
+    float highest = kLowest;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        int row = (turn * kWarps + warp) * 8 + lane % 4 * 2 + j;
+        float& logit = logits[turn][i / 2][i % 2 * 2 + j];
+        logit = range.seen(row) ? logit * log2_scale : kLowest;
+        highest = fmaxf(highest, logit);
+      }
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    if (lane % 4 == 0) of_warp[i * 8 + lane / 4][warp] = highest;
+  }
+  __syncthreads();  // all maxima are there, all keys and queries are read
+  OfQueries norm = {};
+#pragma unroll
+  for (int i = 0; i < kQueryTiles * 2; i++) {
+    int query = i * 8 + lane / 4;
+    float highest = kLowest;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) highest = fmaxf(highest, of_warp[query][w]);
+    top[i / 2][i % 2] = highest;
+    float origin = range.olds + range.news == 0 ? 0.f : highest;  // no keys: weights 0, not NaN
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++) {
+      int tile = turn * kWarps + warp;
+      float p0 = exp2_fast(logits[turn][i / 2][i % 2 * 2] - origin);
+      float p1 = exp2_fast(logits[turn][i / 2][i % 2 * 2 + 1] - origin);
+      norm[i / 2][i % 2] += p0 + p1;
+      if (tile < KEYS / 8)
+        *(u32*)(weight_rows() + query * kLdWeight + tile * 8 + lane % 4 * 2) = pack(p0, p1);
+    }
+  }
+  __syncthreads();  // all weights are there, all maxima are read
+#pragma unroll
+  for (int i = 0; i < kQueryTiles * 2; i++) {
+    float sum = norm[i / 2][i % 2];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (lane % 4 == 0) of_warp[i * 8 + lane / 4][warp] = sum;
+  }
+}
+
+// The warp's columns of the outputs of all queries.
+__device__ __forceinline__ void multiply_values(float (&acc)[kQueryTiles][kColumns / 8][4]) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < KEYS / 16; step++) {
+    u32 a[kQueryTiles][4];
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; t++)
+      load_matrix4(a[t], weight_rows() + (t * 16 + lane % 16) * kLdWeight + step * 16 + lane / 16 * 8);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; n++) {
+      u32 b[4];
+      int row = step * 16 + lane % 16, at = warp * (kColumns / 8) + n * 2 + lane / 16;
+      load_matrix4_transposed(b, piece(value_rows(), row, at));
+#pragma unroll
+      for (int t = 0; t < kQueryTiles; t++) {
+        mma(acc[t][2 * n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
+        mma(acc[t][2 * n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
+      }
     }
   }
 }
 
-// One warp per query; a lane has 8 neighbouring columns.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) merge(
-    const bf16* parts, const float* log_sums,  // as attend writes them
-    bf16* attended) {                          // (H, HEADS * HEAD_DIM)
-  static_assert(HEAD_DIM == 256, "a lane has 16 bytes");
+// What a range has of a query beside its output: the largest logit and the sum of the weights.
+typedef float2 Scales[kShare][RANGES];
+
+// Give every block of the cluster what this range has of its queries.
+__device__ __forceinline__ void hand_out(const Range& range, const OfQueries& top,
+                                         const float (*of_warp)[kWarps],
+                                         float (&acc)[kQueryTiles][kColumns / 8][4],
+                                         Scales& scales) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kQueryTiles * 2; i++) {
+    // A lane has two columns of each of four 8-column tiles; after the exchange, one whole tile.
+    int query = i * 8 + lane / 4, block = query / kShare, mine = query % kShare;
+    u32 own[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+      own[n] = pack(acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]);
+    transpose4(own, lane);
+    uint4* target = piece(part_rows(), range.rank * kShare + mine, warp * 4 + lane % 4);
+    *in_block(target, block) = make_uint4(own[0], own[1], own[2], own[3]);
+    if (warp == 0 && lane % 4 == 0) {
+      float2 scale = {top[i / 2][i % 2], 0.f};
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) scale.y += of_warp[query][w];
+      *in_block(&scales[mine][range.rank], block) = scale;
+    }
+  }
+}
+
+// Put together the ranges of this block's queries, one per warp; a lane has 8 columns.
+__device__ __forceinline__ void merge(const Range& range, const Scales& scales, bf16* attended) {
+  int lane = threadIdx.x % 32;
+  for (int mine = threadIdx.x / 32; mine < kShare; mine += kWarps) {
+    int row = range.rank * kShare + mine, query = range.query0 + row;
+    if (row >= QUERY_BLOCK || query >= kQueries) break;
+    float top = __int_as_float(0xff800000), norm = 0.f, o[8] = {};
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) top = fmaxf(top, scales[mine][r].x);
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) {
+      float2 scale = scales[mine][r];
+      float weight = exp2_fast(scale.x - top);
+      norm += weight * scale.y;
+      uint4 part = *piece(part_rows(), r * kShare + mine, lane);
+      u32 pairs[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        o[2 * j] += weight * low(pairs[j]), o[2 * j + 1] += weight * high(pairs[j]);
+    }
+    float inverse = reciprocal(norm);
+    u32 out[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) out[j] = pack(o[2 * j] * inverse, o[2 * j + 1] * inverse);
+    int token = query % HORIZON, head = query / HORIZON;
+    *(uint4*)(attended + ((size_t)token * HEADS + head) * HEAD_DIM + lane * 8) =
+        make_uint4(out[0], out[1], out[2], out[3]);
+  }
+}
+
+// A cluster has RANGES blocks.
+extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
+    const bf16* qkv,                       // (HEADS + 2, H, HEAD_DIM)
+    const bf16* keys, const bf16* values,  // (P_max, HEAD_DIM)
+    const int* n_prefix,
+    bf16* attended,  // (H, HEADS * HEAD_DIM), written
+    float log2_scale) {
+  __shared__ __align__(16) float of_warp[QUERY_BLOCK][kWarps];
+  __shared__ __align__(16) Scales scales;
   let_next_start();
-  int query = min((int)(blockIdx.x * kWarps + threadIdx.x / 32), kQueries - 1);
-  int column = threadIdx.x % 32 * 8;
+  Range range(*n_prefix);
+  load_prefix(range, keys, values);
   wait_for_previous();
-  uint4 part[RANGES];
-  float weight[RANGES], top = __int_as_float(0xff800000), norm = 0.f;
+  load_new(range, qkv);
+  wait_copies_but<2>();
+  __syncthreads();  // the keys of the prefix are in place
+  uint4 held[kHeldTurns][kHeadSteps];
 #pragma unroll
-  for (int r = 0; r < RANGES; r++) {
-    size_t at = (size_t)r * kQueries + query;
-    weight[r] = __ldcg(log_sums + at);
-    part[r] = load_l2(parts + at * HEAD_DIM + column);
-  }
+  for (int turn = 0; turn < kHeldTurns; turn++)
 #pragma unroll
-  for (int r = 0; r < RANGES; r++) top = fmaxf(top, weight[r]);
-  float o[8] = {};
+    for (int s = 0; s < kHeadSteps; s++) held[turn][s] = key_piece(turn, s);
+  wait_copies_but<0>();
+  __syncthreads();  // everything is in place
 #pragma unroll
-  for (int r = 0; r < RANGES; r++) {
-    float w = exp2_fast(weight[r] - top);
-    norm += w;
-    u32 pairs[4] = {part[r].x, part[r].y, part[r].z, part[r].w};
+  for (int turn = 0; turn < kHeldTurns; turn++)
+    if ((turn * kWarps + (int)threadIdx.x / 32) * 8 < kNewRows)
 #pragma unroll
-    for (int j = 0; j < 4; j++) o[2 * j] += w * low(pairs[j]), o[2 * j + 1] += w * high(pairs[j]);
-  }
-  float inverse = reciprocal(norm);
-  u32 out[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) out[j] = pack(o[2 * j] * inverse, o[2 * j + 1] * inverse);
-  *(uint4*)(attended + ((size_t)(query % HORIZON) * HEADS + query / HORIZON) * HEAD_DIM + column) =
-      make_uint4(out[0], out[1], out[2], out[3]);
+      for (int s = 0; s < kHeadSteps; s++) held[turn][s] = key_piece(turn, s);
+  float logits[kTurns][kQueryTiles][4], acc[kQueryTiles][kColumns / 8][4] = {};
+  multiply_keys(held, logits);
+  OfQueries top;
+  weigh(range, logits, log2_scale, of_warp, top);
+  cluster_arrive();  // this block's keys are read and its norms are there
+  multiply_values(acc);
+  cluster_wait();
+  hand_out(range, top, of_warp, acc, scales);
+  cluster_arrive();
+  cluster_wait();  // all parts of this block's queries are there
+  merge(range, scales, attended);
 }
 
 #endif
