@@ -1,23 +1,21 @@
 """The Hopper kernels against their plain twins.
 
-Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.h); as they are on a Hopper GPU.
+Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.py); as they are on a Hopper GPU.
 """
 
-import ctypes
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import CpuModule
 
 from pi05_ros.engine.kernels import euler, hopper_layout, small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import GATE, adarms_reference
 from pi05_ros.engine.kernels.hopper_layout import HopperPlan, Slab, defines, pack, unpack
 from pi05_ros.model.config import Pi05Config
 
-_HERE = Path(__file__).parent
 _SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
 _FULL = Pi05Config.full()
 _EXPERT = replace(_FULL.expert, width=256, depth=1, mlp_dim=512, num_heads=2)
@@ -34,24 +32,13 @@ class CpuKernels:
 
     def __init__(self, horizon: int, folder: Path) -> None:
         self.horizon = horizon
-        library = folder / f'layer_{horizon}.so'
         sizes = defines(_PLAN, _CONFIG, horizon)
-        command = ['c++', '-std=c++17', '-O2', '-w', '-shared', '-fPIC', '-o', str(library)]
-        command += [f'-D{name}={value}' for name, value in sizes.items()]
-        command += [f'-DSOURCE="{_SOURCE}"', str(_HERE / 'cuda_on_cpu_main.cpp')]
-        subprocess.run(command, check=True)
-        self._library = ctypes.CDLL(str(library))
+        self._module = CpuModule(_SOURCE, sizes, folder / f'layer_{horizon}.so')
 
-    def __call__(self, name: str, blocks: int, *arguments, threads: int = 256) -> None:
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor)
-            else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a)
-            for a in arguments
-        ]  # fmt: skip
-        addresses = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values)
-        )
-        getattr(self._library, f'on_cpu_{name}')(blocks, threads, addresses)
+    def __call__(
+        self, name: str, blocks: int, *arguments, threads: int = 256, cluster: int = 1
+    ) -> None:
+        self._module.launch(name, blocks, threads, cluster, *arguments)
 
 
 class GpuKernels:
@@ -71,11 +58,13 @@ class GpuKernels:
             'step_end': 4 * _ACTIONS * _EXPERT.width,
         }
 
-    def __call__(self, name: str, blocks: int, *arguments, threads: int = 256) -> None:
+    def __call__(
+        self, name: str, blocks: int, *arguments, threads: int = 256, cluster: int = 1
+    ) -> None:
         from pi05_ros.engine.kernels.nvrtc import CudaKernel
 
         shared_bytes = self._shared_bytes.get(name, 0)
-        kernel = CudaKernel(self._module, name, blocks, threads, shared_bytes)
+        kernel = CudaKernel(self._module, name, blocks, threads, shared_bytes, cluster)
         there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
         kernel.launch(there, early=False)
         for mine, its in zip(arguments, there, strict=True):
