@@ -43,6 +43,7 @@ def test_the_released_expert_fits_a_hopper_gpu(hopper, horizon, prefix):
     assert hopper_obstacle(_FULL, _buffers(horizon, prefix)) is None
     plan = hopper_layout.hopper_plan(_FULL.expert, horizon, prefix, 132)
     assert plan.ranges * plan.keys >= prefix + horizon
+    assert plan.attend_blocks(_FULL.expert, horizon) <= 15 * 8  # so many run at once
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,10 @@ def test_packed_weights_are_the_same_weights():
         ),
     )
     plan = hopper_layout.HopperPlan(
-        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS), ranges=1, keys=16
+        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS),
+        queries=16,
+        ranges=1,
+        keys=16,
     )
     packed = hopper_layout.pack_weights(weights, plan, expert)
     again = hopper_layout.unpack_weights(packed, plan, expert)

@@ -51,7 +51,7 @@ struct Thread {
   u64 operations;
   bool at_cluster_barrier;  // arrived there and has not waited yet
   u64 cluster_generation;
-  Tasks products, stores;
+  Tasks products, stores, copies;
 };
 struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
@@ -144,6 +144,7 @@ static void enter() {
   body();
   if (!thread->products.open.empty()) fail("a thread ends without wgmma_wait");
   if (!thread->stores.open.empty()) fail("a thread ends without store_wait");
+  if (!thread->copies.open.empty()) fail("a thread ends without wait_copies_but");
   thread->finished = true;
   moves++;
   cluster_barrier.live--;  // who has ended is not waited for
@@ -186,7 +187,7 @@ static void begin_block(int rank, int index, int threads) {
     if (!t.stack) t.stack.reset(new char[kStackBytes]);
     t.finished = t.at_cluster_barrier = false;
     t.operations = 0;
-    t.products = t.stores = Tasks{};
+    t.products = t.stores = t.copies = Tasks{};
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStackBytes;

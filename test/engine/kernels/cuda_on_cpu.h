@@ -104,9 +104,18 @@ static inline void barrier_wait(u64* barrier) { cpu::wait(barrier, 0); }
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");
-  memcpy(target, source, 16);
+  cpu::Tasks& copies = cpu::thread->copies;
+  copies.open.push_back({[=] { memcpy(target, source, 16); }, copies.groups});
 }
-static inline void wait_copies() {}
+static inline void end_copy_group() { cpu::thread->copies.groups++; }
+template <int kCount>
+static inline void wait_copies_but() {
+  cpu::Tasks& copies = cpu::thread->copies;
+  size_t done = 0;
+  while (done < copies.open.size() && copies.open[done].group < copies.groups - kCount)
+    copies.open[done++].run();
+  copies.open.erase(copies.open.begin(), copies.open.begin() + done);
+}
 static inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   if (((u64)target | (u64)source | bytes) % 16) cpu::fail("copy_bulk is not aligned");
   memcpy(target, source, bytes);
