@@ -58,9 +58,13 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster arrive; after the wait each sees the others' writes.
+// All threads of all blocks of the cluster arrive; after the wait each sees the others' writes,
+// with a relaxed arrival only that they are there and what barriers they have.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -94,6 +98,27 @@ __device__ __forceinline__ void barrier_wait(u64* barrier) {
       : "memory");
 }
 
+// Wait for what other blocks of the cluster send.
+__device__ __forceinline__ void barrier_wait_cluster(u64* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// Write a shared variable of another block of the cluster, whose barrier counts the 16 bytes.
+__device__ __forceinline__ void send(float4* variable, u64* barrier, u32 rank, float4 v) {
+  u32 there, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(variable)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          there),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(counter)
+      : "memory");
+}
+
 // Bulk copies: addresses and sizes are multiples of 16 bytes. Weights are read once per step and
 // leave L2 first.
 __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 bytes,
@@ -105,6 +130,12 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(target)),
       "l"(source), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+}
+
+// Have an address computed here and not where it is used.
+template <class T>
+__device__ __forceinline__ void settle(T*& address) {
+  asm volatile("" : "+l"(address));
 }
 
 // 16 bytes from L2, in the order of the program: all loads are on their way before one is needed.
@@ -141,17 +172,20 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrix4(u32 (&r)[4], const void* row) {
+// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8, and all lanes how
+// many bytes behind it.
+__device__ __forceinline__ void load_matrix4(u32 (&r)[4], const void* row,
+                                             int offset = 0) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(row) + offset)
                : "memory");
 }
-__device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], const void* row,
+                                                        int offset = 0) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(row) + offset)
                : "memory");
 }
 

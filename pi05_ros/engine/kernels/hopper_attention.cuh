@@ -16,24 +16,35 @@ constexpr int kChains = kTurns * kQueryTiles < 4 ? 2 : 1;  // sums of one logit,
 constexpr int kHeadSteps = HEAD_DIM / 32, kPieces = HEAD_DIM / 8, kColumns = HEAD_DIM / kWarps;
 constexpr int kShare = (QUERY_BLOCK + RANGES - 1) / RANGES;  // queries that a block merges
 constexpr int kKeyRows = KEYS < kShare * RANGES ? kShare * RANGES : KEYS;
+constexpr int kRowBytes = HEAD_DIM * 2;
 constexpr int kLdWeight = KEYS + 8;  // no bank conflicts
 static_assert(KEYS % 16 == 0 && KEYS > kNewRows && QUERY_BLOCK % 16 == 0, "attention tiling");
-static_assert(kLdWeight <= HEAD_DIM, "the weights take the place of the queries");
-static_assert(kPieces == 32 && kColumns == 32, "a lane has 16 bytes of a row");
+static_assert(kPieces == 32 && kColumns == 32 && kWarps == 8, "a lane has 16 bytes of a row");
+static_assert(kTurns * kWarps * 8 <= kKeyRows + KEYS + QUERY_BLOCK, "the last turn stays inside");
+static_assert(2 * kLdWeight + 4 * kWarps + 16 * kShare * RANGES / QUERY_BLOCK < kRowBytes,
+              "what follows the queries takes their place");
+
+// What a range has of a query beside its output: the largest logit and the sum of the weights.
+typedef float4 Scales[kShare][RANGES];
+typedef float OfWarps[QUERY_BLOCK][kWarps];
 
 // Shared memory: rows of HEAD_DIM, (kKeyRows + KEYS + QUERY_BLOCK) of them.
 __device__ __forceinline__ bf16* key_rows() { return (bf16*)shared_memory; }
 __device__ __forceinline__ bf16* value_rows() { return key_rows() + kKeyRows * HEAD_DIM; }
 __device__ __forceinline__ bf16* query_rows() { return value_rows() + KEYS * HEAD_DIM; }
-// (QUERY_BLOCK, kLdWeight), once the queries are used.
+// Once the keys and queries are used, their places are taken by (QUERY_BLOCK, kLdWeight) weights
+// and their sums per warp, and by what the cluster sends: (RANGES, kShare) rows and their scales.
 __device__ __forceinline__ bf16* weight_rows() { return query_rows(); }
-// (RANGES, kShare) rows from all blocks of the cluster, once the keys are used.
+__device__ __forceinline__ OfWarps& norms() {
+  return *(OfWarps*)(weight_rows() + QUERY_BLOCK * kLdWeight);
+}
+__device__ __forceinline__ Scales& scales() { return *(Scales*)(&norms() + 1); }
 __device__ __forceinline__ bf16* part_rows() { return key_rows(); }
 
-// 16 bytes of a row. They are exchanged within 128 bytes, so that neither 8 lanes with two rows nor
-// 8 lanes with the same columns of 8 rows meet in a bank.
-__device__ __forceinline__ uint4* piece(bf16* rows, int row, int at) {
-  return (uint4*)(rows + row * HEAD_DIM) + (at ^ (row % 2 * 4 | row / 2 % 4));
+// 16 bytes of a row. They are exchanged within 128 bytes, so that the same columns of 8 rows do
+// not meet in a bank.
+__device__ __forceinline__ bf16* piece(bf16* rows, int row, int at) {
+  return rows + row * HEAD_DIM + (at ^ row % 8) * 8;
 }
 
 // A block's part: its queries, and its keys by their first one and number.
@@ -77,55 +88,79 @@ __device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys
     copy_async(piece(value_rows(), kNewRows + row, lane), values + source + row * HEAD_DIM);
   end_copy_group();
   for (int row = warp; row < KEYS; row += kWarps)
-    if (!range.seen(row)) *piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
+    if (!range.seen(row)) *(uint4*)piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
 }
 
-// Ask for what the kernel before this one wrote: the queries, and this range's new keys and values.
-__device__ __forceinline__ void load_new(const Range& range, const bf16* qkv) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// What the kernel before this one writes: the queries, and this range's new keys and values.
+struct NewRows {
+  static constexpr int kQueryTurns = QUERY_BLOCK / kWarps;
+  const bf16 *queries[kQueryTurns], *keys;
+  bf16 *query_target, *key_target;
+  int news;
+  // The addresses, which are wanted before the wait.
+  __device__ __forceinline__ NewRows(const Range& range, const bf16* qkv) : news(range.news) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int j = 0; j < QUERY_BLOCK / kWarps; j++) {
-    int row = j * kWarps + warp;
-    // Rows behind the last query repeat it and are not written.
-    size_t query = min(range.query0 + row, kQueries - 1);
-    copy_async(piece(query_rows(), row, lane), qkv + query * HEAD_DIM + lane * 8);
+    for (int j = 0; j < kQueryTurns; j++) {
+      // Rows behind the last query repeat it and are not written.
+      size_t query = min(range.query0 + j * kWarps + warp, kQueries - 1);
+      queries[j] = qkv + query * HEAD_DIM + lane * 8;
+      settle(queries[j]);
+    }
+    keys = qkv + (size_t)(kQueries + range.first_new + warp) * HEAD_DIM + lane * 8;
+    query_target = piece(query_rows(), warp, lane), key_target = piece(key_rows(), warp, lane);
+    settle(keys), settle(query_target), settle(key_target);
   }
+  __device__ __forceinline__ void load() const {
+    constexpr int kTurn = kWarps * HEAD_DIM;
 #pragma unroll
-  for (int j = 0; j < kNewRows / kWarps; j++) {
-    int row = j * kWarps + warp;
-    if (row >= range.news) break;
-    const bf16* key = qkv + (size_t)(kQueries + range.first_new + row) * HEAD_DIM + lane * 8;
-    copy_async(piece(key_rows(), row, lane), key);
-    copy_async(piece(value_rows(), row, lane), key + HORIZON * HEAD_DIM);
+    for (int j = 0; j < kQueryTurns; j++) copy_async(query_target + j * kTurn, queries[j]);
+#pragma unroll
+    for (int j = 0; j < kNewRows / kWarps; j++) {
+      if (j * kWarps + (int)threadIdx.x / 32 >= news) break;
+      copy_async(key_target + j * kTurn, keys + j * kTurn);
+      copy_async(key_target + kKeyRows * HEAD_DIM + j * kTurn,
+                 keys + HORIZON * HEAD_DIM + j * kTurn);
+    }
+    end_copy_group();
   }
-  end_copy_group();
-}
+};
 
-// The warp's keys of one turn; a turn behind the last key repeats it.
-__device__ __forceinline__ uint4 key_piece(int turn, int step) {
-  int lane = threadIdx.x % 32, tile = min(turn * kWarps + (int)threadIdx.x / 32, KEYS / 8 - 1);
-  return *piece(key_rows(), tile * 8 + lane / 4, step * 4 + lane % 4);
+// The warp's keys of one turn and 32 columns, as the matrix instruction takes them; a turn behind
+// the last key gives anything.
+__device__ __forceinline__ void load_keys(u32 (&k)[4], int turn, int step) {
+  int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane % 8;
+  load_matrix4(k, piece(key_rows(), row, step % 2 * 4 + lane / 8),
+               turn * kWarps * 8 * kRowBytes + step / 2 * 128);
 }
 
 // Logits of 8 keys per turn: [turn][query tile] in the layout of the matrix instruction.
-__device__ __forceinline__ void multiply_keys(const uint4 (&held)[kHeldTurns][kHeadSteps],
+__device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHeadSteps][4],
                                               float (&logits)[kTurns][kQueryTiles][4]) {
   int lane = threadIdx.x % 32;
   float sums[kChains][kTurns][kQueryTiles][4] = {};
 #pragma unroll
   for (int s = 0; s < kHeadSteps; s++) {
-    uint4 q[kQueryTiles][2];
+    u32 k[kTurns][4];
 #pragma unroll
-    for (int i = 0; i < 2 * kQueryTiles; i++)
-      q[i / 2][i % 2] = *piece(query_rows(), i * 8 + lane / 4, s * 4 + lane % 4);
+    for (int turn = 0; turn < kTurns; turn++)
+      if (turn < kHeldTurns)
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      uint4 k = turn < kHeldTurns ? held[turn % kHeldTurns][s] : key_piece(turn, s);
+        for (int i = 0; i < 4; i++) k[turn][i] = held[turn][s][i];
+      else
+        load_keys(k[turn], turn, s);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at = s * 2 + half;  // 16 columns
 #pragma unroll
       for (int t = 0; t < kQueryTiles; t++) {
-        uint4 q0 = q[t][0], q1 = q[t][1];
-        mma(sums[0][turn][t], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-        mma(sums[kChains - 1][turn][t], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+        u32 q[4];
+        load_matrix4(q, piece(query_rows(), lane % 16, at % 4 * 2 + lane / 16),
+                     t * 16 * kRowBytes + at / 4 * 128);
+#pragma unroll
+        for (int turn = 0; turn < kTurns; turn++)
+          mma(sums[half % kChains][turn][t], q[0], q[1], q[2], q[3], k[turn][half * 2],
+              k[turn][half * 2 + 1]);
       }
     }
   }
@@ -134,144 +169,151 @@ __device__ __forceinline__ void multiply_keys(const uint4 (&held)[kHeldTurns][kH
 #pragma unroll
     for (int t = 0; t < kQueryTiles; t++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        logits[turn][t][i] = sums[0][turn][t][i] + (kChains > 1 ? sums[kChains - 1][turn][t][i] : 0.f);
+      for (int i = 0; i < 4; i++) {
+        logits[turn][t][i] = sums[0][turn][t][i];
+        if (kChains > 1) logits[turn][t][i] += sums[kChains - 1][turn][t][i];
+      }
 }
 
-// A lane has the queries t * 16 + h * 8 + lane / 4.
-typedef float OfQueries[kQueryTiles][2];
-
-// Softmax over the range's keys, without the division: weights into shared memory, the range's
-// maxima into `top`. of_warp: what each warp has of each query, at the end the sum of its weights.
+// Softmax over the range's keys, without the division. A lane has the queries i * 8 + lane / 4.
+// tops: the largest logits of each warp.
 __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns][kQueryTiles][4],
-                                      float log2_scale, float (*of_warp)[kWarps], OfQueries& top) {
+                                      float log2_scale, OfWarps& tops) {
   const float kLowest = __int_as_float(0xff800000);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  bool seen[kTurns][2];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; turn++)
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+      seen[turn][j] = range.seen((turn * kWarps + warp) * 8 + lane % 4 * 2 + j);
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
-    float highest = kLowest;
+    float top = kLowest;
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        int row = (turn * kWarps + warp) * 8 + lane % 4 * 2 + j;
         float& logit = logits[turn][i / 2][i % 2 * 2 + j];
-        logit = range.seen(row) ? logit * log2_scale : kLowest;
-        highest = fmaxf(highest, logit);
+        logit = seen[turn][j] ? logit : kLowest;
+        top = fmaxf(top, logit);
       }
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-    if (lane % 4 == 0) of_warp[i * 8 + lane / 4][warp] = highest;
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    if (lane % 4 == 0) tops[i * 8 + lane / 4][warp] = top;
   }
   __syncthreads();  // all maxima are there, all keys and queries are read
-  OfQueries norm = {};
+  float sums[kQueryTiles * 2] = {};
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
     int query = i * 8 + lane / 4;
-    float highest = kLowest;
+    float top = kLowest;
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) highest = fmaxf(highest, of_warp[query][w]);
-    top[i / 2][i % 2] = highest;
-    float origin = range.olds + range.news == 0 ? 0.f : highest;  // no keys: weights 0, not NaN
+    for (int w = 0; w < kWarps; w++) top = fmaxf(top, tops[query][w]);
+    // Without a key the weights are 0, not NaN.
+    float origin = range.olds + range.news == 0 ? 0.f : top * log2_scale;
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
+      float* logit = &logits[turn][i / 2][i % 2 * 2];
+      float p0 = exp2_fast(logit[0] * log2_scale - origin);
+      float p1 = exp2_fast(logit[1] * log2_scale - origin);
+      sums[i] += p0 + p1;
       int tile = turn * kWarps + warp;
-      float p0 = exp2_fast(logits[turn][i / 2][i % 2 * 2] - origin);
-      float p1 = exp2_fast(logits[turn][i / 2][i % 2 * 2 + 1] - origin);
-      norm[i / 2][i % 2] += p0 + p1;
       if (tile < KEYS / 8)
         *(u32*)(weight_rows() + query * kLdWeight + tile * 8 + lane % 4 * 2) = pack(p0, p1);
     }
   }
-  __syncthreads();  // all weights are there, all maxima are read
+  __syncthreads();  // all weights are there
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
-    float sum = norm[i / 2][i % 2];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (lane % 4 == 0) of_warp[i * 8 + lane / 4][warp] = sum;
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 2);
+    if (lane % 4 == 0) norms()[i * 8 + lane / 4][warp] = sums[i];
   }
 }
 
+typedef float Outputs[kQueryTiles][kColumns / 8][4];
+
 // The warp's columns of the outputs of all queries.
-__device__ __forceinline__ void multiply_values(float (&acc)[kQueryTiles][kColumns / 8][4]) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void multiply_values(Outputs& outputs) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane % 16;
+  bf16* weights = weight_rows() + row * kLdWeight + lane / 16 * 8;
 #pragma unroll
   for (int step = 0; step < KEYS / 16; step++) {
     u32 a[kQueryTiles][4];
 #pragma unroll
     for (int t = 0; t < kQueryTiles; t++)
-      load_matrix4(a[t], weight_rows() + (t * 16 + lane % 16) * kLdWeight + step * 16 + lane / 16 * 8);
+      load_matrix4(a[t], weights, (t * 16 * kLdWeight + step * 16) * 2);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; n++) {
       u32 b[4];
-      int row = step * 16 + lane % 16, at = warp * (kColumns / 8) + n * 2 + lane / 16;
-      load_matrix4_transposed(b, piece(value_rows(), row, at));
+      load_matrix4_transposed(b, piece(value_rows(), row, warp * 4 + n * 2 + lane / 16),
+                              step * 16 * kRowBytes);
 #pragma unroll
       for (int t = 0; t < kQueryTiles; t++) {
-        mma(acc[t][2 * n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
-        mma(acc[t][2 * n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
+        mma(outputs[t][2 * n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
+        mma(outputs[t][2 * n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
       }
     }
   }
 }
 
-// What a range has of a query beside its output: the largest logit and the sum of the weights.
-typedef float2 Scales[kShare][RANGES];
-
-// Give every block of the cluster what this range has of its queries.
-__device__ __forceinline__ void hand_out(const Range& range, const OfQueries& top,
-                                         const float (*of_warp)[kWarps],
-                                         float (&acc)[kQueryTiles][kColumns / 8][4],
-                                         Scales& scales) {
+// Send every block of the cluster what this range has of its queries.
+__device__ __forceinline__ void hand_out(const Range& range, const Outputs& outputs,
+                                         const OfWarps& tops, float log2_scale, u64* arrived) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
     // A lane has two columns of each of four 8-column tiles; after the exchange, one whole tile.
-    int query = i * 8 + lane / 4, block = query / kShare, mine = query % kShare;
     u32 own[4];
 #pragma unroll
     for (int n = 0; n < 4; n++)
-      own[n] = pack(acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]);
+      own[n] = pack(outputs[i / 2][n][i % 2 * 2], outputs[i / 2][n][i % 2 * 2 + 1]);
     transpose4(own, lane);
-    uint4* target = piece(part_rows(), range.rank * kShare + mine, warp * 4 + lane % 4);
-    *in_block(target, block) = make_uint4(own[0], own[1], own[2], own[3]);
-    if (warp == 0 && lane % 4 == 0) {
-      float2 scale = {top[i / 2][i % 2], 0.f};
+    int query = i * 8 + lane / 4;
+    bf16* target = piece(part_rows(), range.rank * kShare + query % kShare, warp * 4 + lane % 4);
+    send((float4*)target, arrived, query / kShare,
+         make_float4(__uint_as_float(own[0]), __uint_as_float(own[1]), __uint_as_float(own[2]),
+                     __uint_as_float(own[3])));
+  }
+  int query = threadIdx.x;
+  if (query < QUERY_BLOCK) {
+    float top = tops[query][0], norm = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; w++) scale.y += of_warp[query][w];
-      *in_block(&scales[mine][range.rank], block) = scale;
+    for (int w = 0; w < kWarps; w++) {
+      top = fmaxf(top, tops[query][w]);
+      norm += norms()[query][w];
     }
+    send(&scales()[query % kShare][range.rank], arrived, query / kShare,
+         make_float4(top * log2_scale, norm, 0.f, 0.f));
   }
 }
 
-// Put together the ranges of this block's queries, one per warp; a lane has 8 columns.
-__device__ __forceinline__ void merge(const Range& range, const Scales& scales, bf16* attended) {
-  int lane = threadIdx.x % 32;
-  for (int mine = threadIdx.x / 32; mine < kShare; mine += kWarps) {
+// Put together the ranges of this block's queries, 4 columns per thread.
+__device__ __forceinline__ void merge(const Range& range, bf16* attended) {
+  for (int i = threadIdx.x; i < kShare * HEAD_DIM / 4; i += kThreads) {
+    int mine = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
     int row = range.rank * kShare + mine, query = range.query0 + row;
     if (row >= QUERY_BLOCK || query >= kQueries) break;
-    float top = __int_as_float(0xff800000), norm = 0.f, o[8] = {};
-#pragma unroll
-    for (int r = 0; r < RANGES; r++) top = fmaxf(top, scales[mine][r].x);
+    uint2 parts[RANGES];
+    float weights[RANGES], top = __int_as_float(0xff800000), norm = 0.f, o[4] = {};
 #pragma unroll
     for (int r = 0; r < RANGES; r++) {
-      float2 scale = scales[mine][r];
-      float weight = exp2_fast(scale.x - top);
-      norm += weight * scale.y;
-      uint4 part = *piece(part_rows(), r * kShare + mine, lane);
-      u32 pairs[4] = {part.x, part.y, part.z, part.w};
+      parts[r] = *(uint2*)(piece(part_rows(), r * kShare + mine, column / 8) + column % 8);
+      weights[r] = scales()[mine][r].x;
+      top = fmaxf(top, weights[r]);
+    }
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        o[2 * j] += weight * low(pairs[j]), o[2 * j + 1] += weight * high(pairs[j]);
+    for (int r = 0; r < RANGES; r++) {
+      float w = exp2_fast(weights[r] - top);
+      norm += w * scales()[mine][r].y;
+      o[0] += w * low(parts[r].x), o[1] += w * high(parts[r].x);
+      o[2] += w * low(parts[r].y), o[3] += w * high(parts[r].y);
     }
     float inverse = reciprocal(norm);
-    u32 out[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) out[j] = pack(o[2 * j] * inverse, o[2 * j + 1] * inverse);
     int token = query % HORIZON, head = query / HORIZON;
-    *(uint4*)(attended + ((size_t)token * HEADS + head) * HEAD_DIM + lane * 8) =
-        make_uint4(out[0], out[1], out[2], out[3]);
+    *(uint2*)(attended + ((size_t)token * HEADS + head) * HEAD_DIM + column) =
+        make_uint2(pack(o[0] * inverse, o[1] * inverse), pack(o[2] * inverse, o[3] * inverse));
   }
 }
 
@@ -282,38 +324,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
     const int* n_prefix,
     bf16* attended,  // (H, HEADS * HEAD_DIM), written
     float log2_scale) {
-  __shared__ __align__(16) float of_warp[QUERY_BLOCK][kWarps];
-  __shared__ __align__(16) Scales scales;
+  __shared__ __align__(16) OfWarps tops;
+  __shared__ u64 arrived;
   let_next_start();
   Range range(*n_prefix);
+  if (threadIdx.x == 0) {
+    int rows = max(min(kShare, QUERY_BLOCK - range.rank * kShare), 0);
+    barrier_init(&arrived);
+    barrier_init_done();
+    barrier_expect(&arrived, rows * RANGES * (kRowBytes + 16));
+  }
   load_prefix(range, keys, values);
+  NewRows rows(range, qkv);
   wait_for_previous();
-  load_new(range, qkv);
+  rows.load();
   wait_copies_but<2>();
   __syncthreads();  // the keys of the prefix are in place
-  uint4 held[kHeldTurns][kHeadSteps];
+  u32 held[kHeldTurns][kHeadSteps][4];
 #pragma unroll
   for (int turn = 0; turn < kHeldTurns; turn++)
 #pragma unroll
-    for (int s = 0; s < kHeadSteps; s++) held[turn][s] = key_piece(turn, s);
+    for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
   wait_copies_but<0>();
   __syncthreads();  // everything is in place
 #pragma unroll
   for (int turn = 0; turn < kHeldTurns; turn++)
-    if ((turn * kWarps + (int)threadIdx.x / 32) * 8 < kNewRows)
+    if (turn * kWarps * 8 < kNewRows && (turn * kWarps + (int)threadIdx.x / 32) * 8 < kNewRows)
 #pragma unroll
-      for (int s = 0; s < kHeadSteps; s++) held[turn][s] = key_piece(turn, s);
-  float logits[kTurns][kQueryTiles][4], acc[kQueryTiles][kColumns / 8][4] = {};
+      for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
+  float logits[kTurns][kQueryTiles][4];
   multiply_keys(held, logits);
-  OfQueries top;
-  weigh(range, logits, log2_scale, of_warp, top);
-  cluster_arrive();  // this block's keys are read and its norms are there
-  multiply_values(acc);
+  weigh(range, logits, log2_scale, tops);
+  cluster_arrive_relaxed();  // this block's keys and queries are read, its barrier counts
+  Outputs outputs = {};
+  multiply_values(outputs);
   cluster_wait();
-  hand_out(range, top, of_warp, acc, scales);
-  cluster_arrive();
-  cluster_wait();  // all parts of this block's queries are there
-  merge(range, scales, attended);
+  __syncthreads();  // all norms are there
+  hand_out(range, outputs, tops, log2_scale, &arrived);
+  barrier_wait_cluster(&arrived);
+  merge(range, attended);
 }
 
 #endif

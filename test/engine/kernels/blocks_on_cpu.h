@@ -42,7 +42,8 @@ struct Task {  // work of the tensor cores or the copy engine that a thread has 
 };
 struct Tasks {
   std::vector<Task> open;
-  int groups = 0;
+  int groups = 0, count = 0;
+  bool begun = false;
 };
 struct Thread {
   ucontext_t context;
@@ -51,13 +52,13 @@ struct Thread {
   u64 operations;
   bool at_cluster_barrier;  // arrived there and has not waited yet
   u64 cluster_generation;
-  Tasks products, stores, copies;
+  Tasks copies, products, stores;
 };
 struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
   unsigned char memory[kSharedBytes];   // the dynamic shared memory
   std::vector<unsigned char> statics;   // __shared__ variables while another block has its turn
-  int rank, index, running, late;
+  int rank, index, size, running, late;
   Group barriers[16], warps[kMaxThreads / 32];  // barrier 0 is __syncthreads
   Exchange exchanges[kMaxThreads / 32][2];
   u64 quiet_since[kMaxThreads / 32];
@@ -115,6 +116,13 @@ static void wait(Group& group) {
   while (group.generation == generation) yield();
 }
 
+static void wait_at(int id, int threads) {
+  Group& barrier = block->barriers[id];
+  if (barrier.arrived == 0) barrier.size = threads;
+  if (barrier.size != threads) fail("threads disagree how many meet at a barrier");
+  wait(barrier);
+}
+
 static void end_cluster_phase() {
   if (cluster_barrier.arrived < cluster_barrier.live) return;
   cluster_barrier.arrived = 0;
@@ -142,9 +150,9 @@ static void spoil() {
 
 static void enter() {
   body();
+  if (!thread->copies.open.empty()) fail("a thread ends without wait_copies");
   if (!thread->products.open.empty()) fail("a thread ends without wgmma_wait");
   if (!thread->stores.open.empty()) fail("a thread ends without store_wait");
-  if (!thread->copies.open.empty()) fail("a thread ends without wait_copies_but");
   thread->finished = true;
   moves++;
   cluster_barrier.live--;  // who has ended is not waited for
@@ -155,6 +163,9 @@ static void enter() {
 static void end_block() {
   for (Copy& copy : copies)
     if (copy.rank == block->rank) return fail("ends while copies into it are on their way");
+  for (int i = 0; i < block->size; i++)
+    if (block->threads[i].products.count != block->threads[i / 128 * 128].products.count)
+      return fail("wgmma without all four warps of a group");
   if (cluster_size > 1) spoil();  // it may be another block's by now
 }
 
@@ -173,13 +184,12 @@ static int find_statics(dl_phdr_info* library, size_t, void*) {
 
 static void begin_block(int rank, int index, int threads) {
   Block& b = blocks[rank];
-  b.rank = rank, b.index = index, b.running = threads;
+  b.rank = rank, b.index = index, b.size = b.running = threads;
   b.late = cluster_size > 1 ? draw(16) : 0;
   b.statics.resize(statics_bytes);
   take_turn(b);
   spoil();
-  b.barriers[0] = Group{threads};
-  for (int id = 1; id < 16; id++) b.barriers[id] = Group{};
+  for (Group& barrier : b.barriers) barrier = Group{};
   for (int warp = 0; warp < threads / 32; warp++) b.warps[warp] = Group{32};
   memset(b.quiet_since, 0xff, sizeof(b.quiet_since));
   for (int i = 0; i < threads; i++) {
@@ -187,7 +197,7 @@ static void begin_block(int rank, int index, int threads) {
     if (!t.stack) t.stack.reset(new char[kStackBytes]);
     t.finished = t.at_cluster_barrier = false;
     t.operations = 0;
-    t.products = t.stores = t.copies = Tasks{};
+    t.copies = t.products = t.stores = Tasks{};
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStackBytes;
@@ -211,6 +221,10 @@ static void run_warp(Block& b, int warp) {
   if (b.running == 0) end_block();
 }
 
+static void begin_copy(int rank, std::function<void()> deliver) {
+  copies.push_back({rank, (int)draw(6), deliver});
+  moves++;
+}
 static void deliver_copies() {
   for (size_t i = 0; i < copies.size();) {
     if (copies[i].rounds-- > 0) {
@@ -278,6 +292,21 @@ static const char* launch(int grid, int threads, int cluster, std::function<void
   return failure.empty() ? nullptr : failure.c_str();
 }
 
+// A task is done at once or when it is waited for.
+static void begin_task(Tasks& tasks, std::function<void()> run) {
+  if (draw(2)) {
+    run();
+    run = nullptr;
+  }
+  tasks.open.push_back({run, tasks.groups});
+}
+static void end_tasks(Tasks& tasks, int groups_left) {
+  while (!tasks.open.empty() && tasks.open[0].group < tasks.groups - groups_left) {
+    if (tasks.open[0].run) tasks.open[0].run();
+    tasks.open.erase(tasks.open.begin());
+  }
+}
+
 // The exchange of this thread's warp for its next collective operation.
 static Exchange& next_exchange() {
   return block->exchanges[thread_index.x / 32][thread->operations++ % 2];
@@ -317,6 +346,7 @@ static inline void cluster_arrive() {
   cpu::end_cluster_phase();
   cpu::moves++;
 }
+static inline void cluster_arrive_relaxed() { cluster_arrive(); }
 static inline void cluster_wait() {
   if (!cpu::thread->at_cluster_barrier) cpu::fail("cluster_wait without cluster_arrive");
   while (cpu::counts_at_cluster_barrier()) cpu::yield();

@@ -14,6 +14,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint2 { u32 x, y; };
@@ -22,6 +23,7 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline u32 __float_as_uint(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
@@ -31,7 +33,7 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 template <class T> static inline T __ldcg(const T* p) { return *p; }
 
-static inline void __syncthreads() { cpu::wait(cpu::block->barriers[0]); }
+static inline void __syncthreads() { cpu::wait_at(0, cpu::block->size); }
 static inline void __syncwarp() { cpu::meet(); }
 static inline u32 __shfl_xor_sync(u32, u32 v, int mask) {
   cpu::Exchange& e = cpu::next_exchange();
@@ -91,6 +93,7 @@ static void count(u64* barrier, int arrivals, int bytes) {
   moves++;
 }
 static void init(u64* barrier, u32 arrivals) {
+  if (arrivals < 1 || arrivals > 4095) fail("a barrier waits for 1 to 4095 arrivals");
   *(Barrier*)barrier = {0, arrivals, arrivals, 0, kMark};
 }
 static void wait(u64* barrier, u32 parity) {
@@ -101,25 +104,35 @@ static inline void barrier_init(u64* barrier) { cpu::init(barrier, 1); }
 static inline void barrier_init_done() {}
 static inline void barrier_expect(u64* barrier, u32 bytes) { cpu::count(barrier, 1, bytes); }
 static inline void barrier_wait(u64* barrier) { cpu::wait(barrier, 0); }
+static inline void barrier_wait_cluster(u64* barrier) { barrier_wait(barrier); }
+static inline void send(float4* variable, u64* barrier, u32 rank, float4 v) {
+  u64* counter = (u64*)cpu::named_in(barrier, rank);
+  float4* there = (float4*)cpu::named_in(variable, rank);
+  if ((u64)there % 16) cpu::fail("send is not aligned");
+  cpu::begin_copy(rank, [=] {
+    *there = v;
+    cpu::count(counter, 0, -16);
+  });
+}
+template <class T> static inline void settle(T*&) {}
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");
-  cpu::Tasks& copies = cpu::thread->copies;
-  copies.open.push_back({[=] { memcpy(target, source, 16); }, copies.groups});
+  memset(target, 0xff, 16);
+  cpu::begin_task(cpu::thread->copies, [=] { memcpy(target, source, 16); });
 }
 static inline void end_copy_group() { cpu::thread->copies.groups++; }
 template <int kCount>
 static inline void wait_copies_but() {
-  cpu::Tasks& copies = cpu::thread->copies;
-  size_t done = 0;
-  while (done < copies.open.size() && copies.open[done].group < copies.groups - kCount)
-    copies.open[done++].run();
-  copies.open.erase(copies.open.begin(), copies.open.begin() + done);
+  cpu::end_tasks(cpu::thread->copies, kCount);
 }
 static inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   if (((u64)target | (u64)source | bytes) % 16) cpu::fail("copy_bulk is not aligned");
-  memcpy(target, source, bytes);
-  cpu::count(barrier, 0, -(int)bytes);
+  memset(target, 0xff, bytes);  // who still reads sees it
+  cpu::begin_copy(cpu::block->rank, [=] {
+    memcpy(target, source, bytes);
+    cpu::count(barrier, 0, -(int)bytes);
+  });
 }
 
 static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -157,9 +170,11 @@ static inline void load_matrices(u32 (&r)[4], const void* row) {
   }
   cpu::meet();  // the rows may be overwritten after this
 }
-static inline void load_matrix4(u32 (&r)[4], const void* row) { load_matrices<false>(r, row); }
-static inline void load_matrix4_transposed(u32 (&r)[4], const void* row) {
-  load_matrices<true>(r, row);
+static inline void load_matrix4(u32 (&r)[4], const void* row, int offset = 0) {
+  load_matrices<false>(r, (const char*)row + offset);
+}
+static inline void load_matrix4_transposed(u32 (&r)[4], const void* row, int offset = 0) {
+  load_matrices<true>(r, (const char*)row + offset);
 }
 
 #endif

@@ -1,5 +1,6 @@
 // The kernels of a source as functions of a library: they return what went wrong, or null.
 #include "cuda_on_cpu.h"
+#include "tile_on_cpu.h"
 //
 #include SOURCE
 

@@ -1,12 +1,15 @@
 """CUDA kernels on the CPU: what the other tests rely on to see a mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import CpuModule
+from cuda_on_cpu import CpuModule, TensorMap
 
 _HERE = Path(__file__).parent
+_TILES = _HERE / 'tile_on_cpu.cu'
+_MISTAKES = re.findall(r'\bk\w+', _TILES.read_text().split('enum Mistake')[1].split('}')[0])
 _CLUSTER, _CLUSTERS, _THREADS = 4, 6, 64
 
 
@@ -76,3 +79,54 @@ def test_a_block_begins_without_the_memory_of_the_last_one(blocks, cluster):
 def test_a_mistake_is_said(blocks, kernel, cluster, message):
     with pytest.raises(RuntimeError, match=message):
         blocks.launch(kernel, 4, _THREADS, cluster)
+
+
+@pytest.fixture(scope='module')
+def tiles(tmp_path_factory) -> CpuModule:
+    library = tmp_path_factory.mktemp('tiles') / 'tiles.so'
+    return CpuModule(_TILES, {}, library)
+
+
+def _product(tiles: CpuModule, depth: int, mistake: str = 'kNone') -> bool:
+    """Return whether a kernel's product of (150, depth) and (200, depth) is right."""
+    generator = torch.Generator().manual_seed(depth)
+    a, b = (
+        torch.randint(-2, 3, (rows, depth), generator=generator).bfloat16() for rows in (150, 200)
+    )
+    room = torch.full((151, 208), float('nan'), dtype=torch.bfloat16)
+    tiles.launch(
+        'product', 8, 160, 2,
+        TensorMap(a, 64), TensorMap(b, 64), TensorMap(room[:150, :200], 64),
+        depth, 2, _MISTAKES.index(mistake),
+    )  # fmt: skip
+    assert room[150].isnan().all() and room[:, 200:].isnan().all()
+    return torch.equal(room[:150, :200], (a.float() @ b.float().T).bfloat16())
+
+
+@pytest.mark.parametrize('depth', [64, 200, 384])
+def test_tiles_are_multiplied(tiles, depth):
+    assert _product(tiles, depth)
+
+
+@pytest.mark.parametrize('mistake', ['kRoomTooEarly', 'kRoomOfOwnBlock', 'kNoMeeting'])
+def test_a_wait_that_is_missing_is_seen(tiles, mistake):
+    assert not _product(tiles, 384, mistake)
+
+
+@pytest.mark.parametrize(
+    ('mistake', 'message'),
+    [
+        ('kNoWaitForTiles', 'more arrivals at a barrier than it waits for'),
+        ('kNoWaitForRoom', 'more arrivals at a barrier than it waits for'),
+        ('kNoCommit', 'a thread ends without wgmma_wait'),
+        ('kNoWaitForSums', 'a thread ends without wgmma_wait'),
+        ('kNoStoreWait', 'a thread ends without store_wait'),
+        ('kLeaveEarly', "ends while copies|after its block's end"),
+        ('kNoBarriersYet', 'a barrier is used without barrier_init'),
+        ('kTooFewBytes', 'waits for ever'),
+    ],
+)
+def test_what_a_gpu_leaves_undefined_is_said(tiles, mistake, message):
+    with pytest.raises(RuntimeError, match=message):
+        for _ in range(20):  # not every order of the blocks shows it
+            _product(tiles, 384, mistake)

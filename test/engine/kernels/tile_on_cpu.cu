@@ -1,0 +1,117 @@
+// A product with tensor copies and warpgroups, as tile_on_cpu.h has to run it.
+#include "hopper.cuh"
+
+DYNAMIC_SHARED(shared_memory);
+
+// What a kernel can forget; nothing in the kernel that is right.
+enum Mistake {
+  kNone, kNoWaitForTiles, kNoWaitForRoom, kRoomTooEarly, kRoomOfOwnBlock, kNoCommit,
+  kNoWaitForSums, kNoMeeting, kNoStoreWait, kLeaveEarly, kNoBarriersYet, kTooFewBytes
+};
+
+constexpr int kRows = 64, kColumns = 128, kDepth = 64, kStages = 2, kConsumers = 128;
+constexpr int kTileA = kRows * kDepth * 2, kTileB = kColumns * kDepth * 2;
+constexpr int kStage = kTileA + kTileB;
+
+struct Shared {
+  u64 *full, *empty;
+  unsigned char* stages;
+};
+
+// One warp brings the tiles; each block of the cluster brings half of b for both.
+__device__ __forceinline__ void produce(const Shared& s, const TensorMap* a, const TensorMap* b,
+                                        int row, int column, int depth, int mistake) {
+  if (threadIdx.x % 32) return;
+  for (int step = 0; step * kDepth < depth; step++) {
+    int stage = step % kStages, half = cluster_rank() * kTileB / 2;
+    unsigned char* tiles = s.stages + stage * kStage;
+    if (mistake != kNoWaitForRoom) barrier_wait(s.empty + stage, step / kStages % 2 ^ 1);
+    barrier_expect(s.full + stage, mistake == kTooFewBytes ? kStage - 128 : kStage);
+    load_tile(tiles, a, step * kDepth, row, s.full + stage);
+    load_tile(tiles + kTileA + half, b, step * kDepth, column + half / 128, s.full + stage, 3);
+  }
+}
+
+// Tells the blocks that write into a stage that this warp has read it.
+__device__ __forceinline__ void give_back(const Shared& s, int step, int mistake) {
+  if (step < 0 || threadIdx.x % 32) return;
+  barrier_arrive(s.empty + step % kStages);
+  if (mistake != kRoomOfOwnBlock)
+    barrier_arrive(s.empty + step % kStages, cluster_rank() ^ 1);
+}
+
+__device__ __forceinline__ void multiply(const Shared& s, float (&acc)[kColumns / 2], int depth,
+                                         int mistake) {
+  int step = 0;
+  for (; step * kDepth < depth; step++) {
+    unsigned char* tiles = s.stages + step % kStages * kStage;
+    if (mistake != kNoWaitForTiles) barrier_wait(s.full + step % kStages, step / kStages % 2);
+    u64 a = tile_operand(tiles), b = tile_operand(tiles + kTileA);
+    wgmma_begin();
+    for (int k = 0; k < kDepth / 16; k++) wgmma<kColumns>(acc, a + k * 2, b + k * 2);
+    if (mistake != kNoCommit) wgmma_commit();
+    if (mistake == kRoomTooEarly) {
+      __syncwarp();
+      give_back(s, step, mistake);
+      continue;
+    }
+    wgmma_wait<1>();
+    give_back(s, step - 1, mistake);
+  }
+  if (mistake != kNoWaitForSums) wgmma_wait<0>();
+}
+
+// Through shared memory, where the tiles were.
+__device__ __forceinline__ void store(const Shared& s, const TensorMap* c,
+                                      const float (&acc)[kColumns / 2], int row, int column,
+                                      int mistake) {
+  int lane = threadIdx.x % 32;
+  for (int i = 0; i < kColumns / 4; i++) {
+    int r = threadIdx.x / 32 * 16 + lane / 4 + i % 2 * 8, chunk = i / 2 % 8;
+    u32* target = (u32*)(s.stages + i / 16 * kRows * 128 + r * 128 + (chunk ^ r % 8) * 16);
+    target[lane % 4] = pack(acc[i * 2], acc[i * 2 + 1]);
+  }
+  fence_shared();
+  if (mistake != kNoMeeting) named_barrier(1, kConsumers);
+  if (threadIdx.x) return;
+  store_tile(c, s.stages, column, row);
+  store_tile(c, s.stages + kRows * 128, column + 64, row);
+  store_commit();
+  if (mistake != kNoStoreWait) store_wait();
+}
+
+// c = a b^T; the blocks of a cluster have the same columns of c and neighbouring rows.
+extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
+    const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+    const __grid_constant__ TensorMap c, int depth, int column_tiles, int mistake) {
+  __shared__ u64 full[kStages], empty[kStages];
+  Shared s = {full, empty, (unsigned char*)(((u64)shared_memory + 1023) / 1024 * 1024)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; stage++) {
+      barrier_init(full + stage, 1);
+      barrier_init(empty + stage, mistake == kRoomOfOwnBlock ? 4 : 8);
+    }
+    barrier_init_done();
+  }
+  if (mistake == kNoBarriersYet) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+  int pair = blockIdx.x / 2, column = pair % column_tiles * kColumns;
+  int row = (pair / column_tiles * 2 + cluster_rank()) * kRows;
+  if (threadIdx.x >= kConsumers) {
+    fewer_registers<24>();
+    produce(s, &a, &b, row, column, depth, mistake);
+  } else {
+    more_registers<240>();
+    float acc[kColumns / 2] = {};
+    multiply(s, acc, depth, mistake);
+    named_barrier(1, kConsumers);  // the tiles are read
+    store(s, &c, acc, row, column, mistake);
+  }
+  if (mistake == kLeaveEarly) return;
+  cluster_arrive();
+  cluster_wait();
+}

@@ -1,0 +1,145 @@
+// Stands in for hopper_tile.cuh where kernels run on the CPU: tiles of tensors are copied in the
+// background and multiplied by warpgroups.
+//
+// Whatever a GPU does in the background happens here at one of several drawn moments, so a wait
+// that is missing shows as a wrong result.
+#ifndef HOPPER_TILE_CUH
+#define HOPPER_TILE_CUH
+#include "cuda_on_cpu.h"
+
+struct TensorMap {  // a bfloat16 matrix and the tiles that are copied from or to it
+  bf16* base;
+  int rows, columns, stride, box_rows, box_columns;
+};
+
+namespace cpu {
+
+constexpr int kTileColumns = 64, kTileRowBytes = 2 * kTileColumns, kTileAlign = 1024;
+
+// Where a tile with the 128-byte swizzle has an element.
+static bf16* in_tile(const void* tile, int row, int column) {
+  return (bf16*)tile + row * kTileColumns + ((column / 8) ^ (row % 8)) * 8 + column % 8;
+}
+
+static int checked_bytes(const TensorMap& map, const void* tile) {
+  int bytes = map.box_rows * kTileRowBytes;
+  if (map.box_columns != kTileColumns || map.box_rows < 1 || map.box_rows > 256)
+    fail("a tile has 64 columns and 1 to 256 rows");
+  if ((u64)map.base % 16 || map.stride % 8) fail("rows of a tensor map begin at 16 bytes");
+  if ((u64)tile % kTileAlign) fail("a tile in shared memory begins at 1024 bytes");
+  if (!is_dynamic(tile) || !is_dynamic((const char*)tile + bytes - 1))
+    fail("a tile is not in dynamic shared memory");
+  return bytes;
+}
+
+static bf16* in_tensor(const TensorMap& map, int row, int column) {
+  bool inside = row >= 0 && row < map.rows && column >= 0 && column < map.columns;
+  return inside ? map.base + (size_t)row * map.stride + column : nullptr;
+}
+
+static void load(void* target, const TensorMap& map, int column, int row, u64* barrier, u32 rank) {
+  int bytes = checked_bytes(map, target);
+  memset(reached_in(target, rank), 0xff, bytes);  // who still reads sees it
+  void* tile = named_in(target, rank);
+  u64* its = (u64*)named_in(barrier, rank);
+  begin_copy(rank, [=] {
+    for (int r = 0; r < map.box_rows; r++)
+      for (int c = 0; c < kTileColumns; c++) {
+        bf16* from = in_tensor(map, row + r, column + c);
+        *in_tile(tile, r, c) = from ? *from : 0;
+      }
+    count(its, 0, -bytes);
+  });
+}
+
+static void store(const TensorMap& map, const void* source, int column, int row) {
+  for (int r = 0; r < map.box_rows; r++)
+    for (int c = 0; c < kTileColumns; c++)
+      if (bf16* to = in_tensor(map, row + r, column + c)) *to = *in_tile(source, r, c);
+}
+
+// The address in an operand's descriptor; only the 128 bytes of the first row may be walked.
+static const void* operand_tile(u64 operand) {
+  u64 address = operand << 4;
+  if (address % kTileAlign > 96 || address % 32)
+    fail("wgmma begins at a multiple of 32 bytes in the first row of a tile");
+  return (const void*)(address / kTileAlign * kTileAlign);
+}
+
+// This thread's part of acc (64 x n) += a (64 x 16) b (n x 16)^T.
+static void multiply(float* acc, int n, u64 a, u64 b) {
+  int lane = thread_index.x % 32, warp = thread_index.x / 32 % 4;
+  const void *a_tile = operand_tile(a), *b_tile = operand_tile(b);
+  int a_column = (a << 4) % kTileAlign / 2, b_column = (b << 4) % kTileAlign / 2;
+  float of_a[2][16];
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 16; k++)
+      of_a[half][k] = low(*in_tile(a_tile, warp * 16 + lane / 4 + half * 8, a_column + k));
+  for (int i = 0; i < n / 4; i++) {
+    int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+    float sums[2] = {};
+    for (int k = 0; k < 16; k++) {
+      float of_b = low(*in_tile(b_tile, column, b_column + k));
+      sums[0] += of_a[0][k] * of_b, sums[1] += of_a[1][k] * of_b;
+    }
+    acc[i / 2 * 4 + i % 2] += sums[0];
+    acc[i / 2 * 4 + i % 2 + 2] += sums[1];
+  }
+}
+
+}  // namespace cpu
+
+static inline void barrier_init(u64* barrier, u32 arrivals) { cpu::init(barrier, arrivals); }
+static inline void barrier_arrive(u64* barrier) { cpu::count(barrier, 1, 0); }
+static inline void barrier_arrive(u64* barrier, u32 rank) {
+  cpu::count((u64*)cpu::reached_in(barrier, rank), 1, 0);
+}
+static inline void barrier_wait(u64* barrier, u32 parity) { cpu::wait(barrier, parity); }
+
+static inline void load_tile(void* target, const TensorMap* map, int column, int row,
+                             u64* barrier) {
+  cpu::load(target, *map, column, row, barrier, cluster_rank());
+}
+static inline void load_tile(void* target, const TensorMap* map, int column, int row, u64* barrier,
+                             unsigned short blocks) {
+  for (int rank = 0; rank < 16; rank++)
+    if (blocks >> rank & 1) cpu::load(target, *map, column, row, barrier, rank);
+}
+static inline void store_tile(const TensorMap* map, const void* source, int column, int row) {
+  TensorMap copy = *map;
+  cpu::checked_bytes(copy, source);
+  cpu::begin_task(cpu::thread->stores, [=] { cpu::store(copy, source, column, row); });
+}
+static inline void store_commit() { cpu::thread->stores.groups++; }
+static inline void store_wait() { cpu::end_tasks(cpu::thread->stores, 0); }
+static inline void store_wait_read() { cpu::end_tasks(cpu::thread->stores, 0); }
+static inline void fence_shared() {}
+
+static inline u64 tile_operand(const void* shared) {
+  if ((u64)shared % cpu::kTileAlign) cpu::fail("a tile in shared memory begins at 1024 bytes");
+  if (!cpu::is_dynamic(shared)) cpu::fail("a tile is not in dynamic shared memory");
+  return (u64)shared >> 4;
+}
+static inline void wgmma_begin() { cpu::thread->products.begun = true; }
+template <int N>
+static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
+  static_assert(N % 8 == 0 && N <= 256, "columns of wgmma");
+  if (!cpu::thread->products.begun) cpu::fail("wgmma without wgmma_begin");
+  cpu::thread->products.count++;
+  float* sums = acc;
+  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); });
+}
+static inline void wgmma_commit() { cpu::thread->products.groups++; }
+template <int kGroupsLeft>
+static inline void wgmma_wait() {
+  cpu::end_tasks(cpu::thread->products, kGroupsLeft);
+  cpu::meet();  // .sync: the whole warp has waited
+}
+
+template <int kRegisters>
+static inline void more_registers() {}
+template <int kRegisters>
+static inline void fewer_registers() {}
+static inline void named_barrier(int id, int threads) { cpu::wait_at(id, threads); }
+
+#endif
