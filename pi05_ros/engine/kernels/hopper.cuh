@@ -132,12 +132,6 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 
       : "memory");
 }
 
-// Have an address computed here and not where it is used.
-template <class T>
-__device__ __forceinline__ void settle(T*& address) {
-  asm volatile("" : "+l"(address));
-}
-
 // 16 bytes from L2, in the order of the program: all loads are on their way before one is needed.
 __device__ __forceinline__ uint4 load_l2(const void* source) {
   uint4 v;

@@ -43,20 +43,20 @@ __device__ __forceinline__ bf16* part_rows() { return key_rows(); }
 
 // 16 bytes of a row. They are exchanged within 128 bytes, so that the same columns of 8 rows do
 // not meet in a bank.
-__device__ __forceinline__ bf16* piece(bf16* rows, int row, int at) {
+__device__ __forceinline__ bf16* piece(bf16* rows, u32 row, u32 at) {
   return rows + row * HEAD_DIM + (at ^ row % 8) * 8;
 }
 
 // A block's part: its queries, and its keys by their first one and number.
 struct Range {
-  int rank, query0, first_new, news, first_old, olds;
+  u32 rank, query0, first_new, first_old, news, olds;
   __device__ __forceinline__ explicit Range(int prefix) {
     int share = (prefix + RANGES - 1) / RANGES;
     rank = cluster_rank(), query0 = blockIdx.x / RANGES * QUERY_BLOCK;
-    first_new = rank * kNew, news = max(min(kNew, HORIZON - first_new), 0);
-    first_old = rank * share, olds = max(min(share, prefix - first_old), 0);
+    first_new = rank * kNew, news = max(min(kNew, HORIZON - (int)first_new), 0);
+    first_old = rank * share, olds = max(min(share, prefix - (int)first_old), 0);
   }
-  __device__ __forceinline__ bool seen(int row) const {
+  __device__ __forceinline__ bool seen(u32 row) const {
     return row < kNewRows ? row < news : row < kNewRows + olds;
   }
 };
@@ -79,57 +79,47 @@ __device__ __forceinline__ void transpose4(u32 (&v)[4], int lane) {
 // Ask for the keys and values of the prefix; values of rows that nobody sees are 0.
 __device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys,
                                             const bf16* values) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   size_t source = (size_t)range.first_old * HEAD_DIM + lane * 8;
-  for (int row = warp; row < range.olds; row += kWarps)
+  for (u32 row = warp; row < range.olds; row += kWarps)
     copy_async(piece(key_rows(), kNewRows + row, lane), keys + source + row * HEAD_DIM);
   end_copy_group();
-  for (int row = warp; row < range.olds; row += kWarps)
+  for (u32 row = warp; row < range.olds; row += kWarps)
     copy_async(piece(value_rows(), kNewRows + row, lane), values + source + row * HEAD_DIM);
   end_copy_group();
-  for (int row = warp; row < KEYS; row += kWarps)
+  for (u32 row = warp; row < KEYS; row += kWarps)
     if (!range.seen(row)) *(uint4*)piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
 }
 
-// What the kernel before this one writes: the queries, and this range's new keys and values.
-struct NewRows {
-  static constexpr int kQueryTurns = QUERY_BLOCK / kWarps;
-  const bf16 *queries[kQueryTurns], *keys;
-  bf16 *query_target, *key_target;
-  int news;
-  // The addresses, which are wanted before the wait.
-  __device__ __forceinline__ NewRows(const Range& range, const bf16* qkv) : news(range.news) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Ask for what the kernel before this one wrote: the queries, and this range's new keys and values.
+__device__ __forceinline__ void load_new(const Range& range, const bf16* qkv) {
+  constexpr int kTurn = kWarps * HEAD_DIM, kBlocks = (kQueries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+  // Rows behind the last query are not written; they are keys, or repeat it.
+  constexpr bool kInside = kBlocks * QUERY_BLOCK <= (HEADS + 2) * HORIZON;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bf16* source = qkv + lane * 8;
+  bf16 *queries = piece(query_rows(), warp, lane), *keys = piece(key_rows(), warp, lane);
 #pragma unroll
-    for (int j = 0; j < kQueryTurns; j++) {
-      // Rows behind the last query repeat it and are not written.
-      size_t query = min(range.query0 + j * kWarps + warp, kQueries - 1);
-      queries[j] = qkv + query * HEAD_DIM + lane * 8;
-      settle(queries[j]);
-    }
-    keys = qkv + (size_t)(kQueries + range.first_new + warp) * HEAD_DIM + lane * 8;
-    query_target = piece(query_rows(), warp, lane), key_target = piece(key_rows(), warp, lane);
-    settle(keys), settle(query_target), settle(key_target);
+  for (int j = 0; j < QUERY_BLOCK / kWarps; j++) {
+    u32 query = range.query0 + warp;
+    copy_async(queries + j * kTurn,
+               kInside ? source + query * HEAD_DIM + j * kTurn
+                       : source + min(query + j * kWarps, kQueries - 1) * HEAD_DIM);
   }
-  __device__ __forceinline__ void load() const {
-    constexpr int kTurn = kWarps * HEAD_DIM;
+  source += (kQueries + range.first_new + warp) * HEAD_DIM;
 #pragma unroll
-    for (int j = 0; j < kQueryTurns; j++) copy_async(query_target + j * kTurn, queries[j]);
-#pragma unroll
-    for (int j = 0; j < kNewRows / kWarps; j++) {
-      if (j * kWarps + (int)threadIdx.x / 32 >= news) break;
-      copy_async(key_target + j * kTurn, keys + j * kTurn);
-      copy_async(key_target + kKeyRows * HEAD_DIM + j * kTurn,
-                 keys + HORIZON * HEAD_DIM + j * kTurn);
-    }
-    end_copy_group();
+  for (int j = 0; j < kNewRows / kWarps; j++) {
+    if (j * kWarps + warp >= range.news) break;
+    copy_async(keys + j * kTurn, source + j * kTurn);
+    copy_async(keys + kKeyRows * HEAD_DIM + j * kTurn, source + HORIZON * HEAD_DIM + j * kTurn);
   }
-};
+  end_copy_group();
+}
 
 // The warp's keys of one turn and 32 columns, as the matrix instruction takes them; a turn behind
 // the last key gives anything.
 __device__ __forceinline__ void load_keys(u32 (&k)[4], int turn, int step) {
-  int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane % 8;
+  u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane % 8;
   load_matrix4(k, piece(key_rows(), row, step % 2 * 4 + lane / 8),
                turn * kWarps * 8 * kRowBytes + step / 2 * 128);
 }
@@ -137,7 +127,7 @@ __device__ __forceinline__ void load_keys(u32 (&k)[4], int turn, int step) {
 // Logits of 8 keys per turn: [turn][query tile] in the layout of the matrix instruction.
 __device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHeadSteps][4],
                                               float (&logits)[kTurns][kQueryTiles][4]) {
-  int lane = threadIdx.x % 32;
+  u32 lane = threadIdx.x % 32;
   float sums[kChains][kTurns][kQueryTiles][4] = {};
 #pragma unroll
   for (int s = 0; s < kHeadSteps; s++) {
@@ -180,7 +170,7 @@ __device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHea
 __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns][kQueryTiles][4],
                                       float log2_scale, OfWarps& tops) {
   const float kLowest = __int_as_float(0xff800000);
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   bool seen[kTurns][2];
 #pragma unroll
   for (int turn = 0; turn < kTurns; turn++)
@@ -206,7 +196,7 @@ __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns
   float sums[kQueryTiles * 2] = {};
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
-    int query = i * 8 + lane / 4;
+    u32 query = i * 8 + lane / 4;
     float top = kLowest;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) top = fmaxf(top, tops[query][w]);
@@ -218,7 +208,7 @@ __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns
       float p0 = exp2_fast(logit[0] * log2_scale - origin);
       float p1 = exp2_fast(logit[1] * log2_scale - origin);
       sums[i] += p0 + p1;
-      int tile = turn * kWarps + warp;
+      u32 tile = turn * kWarps + warp;
       if (tile < KEYS / 8)
         *(u32*)(weight_rows() + query * kLdWeight + tile * 8 + lane % 4 * 2) = pack(p0, p1);
     }
@@ -236,7 +226,7 @@ typedef float Outputs[kQueryTiles][kColumns / 8][4];
 
 // The warp's columns of the outputs of all queries.
 __device__ __forceinline__ void multiply_values(Outputs& outputs) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane % 16;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane % 16;
   bf16* weights = weight_rows() + row * kLdWeight + lane / 16 * 8;
 #pragma unroll
   for (int step = 0; step < KEYS / 16; step++) {
@@ -261,7 +251,7 @@ __device__ __forceinline__ void multiply_values(Outputs& outputs) {
 // Send every block of the cluster what this range has of its queries.
 __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outputs,
                                          const OfWarps& tops, float log2_scale, u64* arrived) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
     // A lane has two columns of each of four 8-column tiles; after the exchange, one whole tile.
@@ -270,13 +260,13 @@ __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outp
     for (int n = 0; n < 4; n++)
       own[n] = pack(outputs[i / 2][n][i % 2 * 2], outputs[i / 2][n][i % 2 * 2 + 1]);
     transpose4(own, lane);
-    int query = i * 8 + lane / 4;
+    u32 query = i * 8 + lane / 4;
     bf16* target = piece(part_rows(), range.rank * kShare + query % kShare, warp * 4 + lane % 4);
     send((float4*)target, arrived, query / kShare,
          make_float4(__uint_as_float(own[0]), __uint_as_float(own[1]), __uint_as_float(own[2]),
                      __uint_as_float(own[3])));
   }
-  int query = threadIdx.x;
+  u32 query = threadIdx.x;
   if (query < QUERY_BLOCK) {
     float top = tops[query][0], norm = 0.f;
 #pragma unroll
@@ -291,9 +281,9 @@ __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outp
 
 // Put together the ranges of this block's queries, 4 columns per thread.
 __device__ __forceinline__ void merge(const Range& range, bf16* attended) {
-  for (int i = threadIdx.x; i < kShare * HEAD_DIM / 4; i += kThreads) {
-    int mine = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-    int row = range.rank * kShare + mine, query = range.query0 + row;
+  for (u32 i = threadIdx.x; i < kShare * HEAD_DIM / 4; i += kThreads) {
+    u32 mine = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+    u32 row = range.rank * kShare + mine, query = range.query0 + row;
     if (row >= QUERY_BLOCK || query >= kQueries) break;
     uint2 parts[RANGES];
     float weights[RANGES], top = __int_as_float(0xff800000), norm = 0.f, o[4] = {};
@@ -311,7 +301,7 @@ __device__ __forceinline__ void merge(const Range& range, bf16* attended) {
       o[2] += w * low(parts[r].y), o[3] += w * high(parts[r].y);
     }
     float inverse = reciprocal(norm);
-    int token = query % HORIZON, head = query / HORIZON;
+    u32 token = query % HORIZON, head = query / HORIZON;
     *(uint2*)(attended + ((size_t)token * HEADS + head) * HEAD_DIM + column) =
         make_uint2(pack(o[0] * inverse, o[1] * inverse), pack(o[2] * inverse, o[3] * inverse));
   }
@@ -329,15 +319,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
   let_next_start();
   Range range(*n_prefix);
   if (threadIdx.x == 0) {
-    int rows = max(min(kShare, QUERY_BLOCK - range.rank * kShare), 0);
+    int rows = max(min(kShare, QUERY_BLOCK - (int)range.rank * kShare), 0);
     barrier_init(&arrived);
     barrier_init_done();
     barrier_expect(&arrived, rows * RANGES * (kRowBytes + 16));
   }
   load_prefix(range, keys, values);
-  NewRows rows(range, qkv);
   wait_for_previous();
-  rows.load();
+  load_new(range, qkv);
   wait_copies_but<2>();
   __syncthreads();  // the keys of the prefix are in place
   u32 held[kHeldTurns][kHeadSteps][4];
@@ -349,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
   __syncthreads();  // everything is in place
 #pragma unroll
   for (int turn = 0; turn < kHeldTurns; turn++)
-    if (turn * kWarps * 8 < kNewRows && (turn * kWarps + (int)threadIdx.x / 32) * 8 < kNewRows)
+    if (turn * kWarps * 8 < kNewRows && (turn * kWarps + threadIdx.x / 32) * 8 < kNewRows)
 #pragma unroll
       for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
   float logits[kTurns][kQueryTiles][4];
