@@ -132,6 +132,11 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 
       : "memory");
 }
 
+// Have an address computed here and not where it is used.
+__device__ __forceinline__ void settle(const void* address) {
+  asm volatile("{\n.reg .pred none;\nsetp.eq.u64 none, %0, 0;\n@none trap;\n}" ::"l"(address));
+}
+
 // 16 bytes from L2, in the order of the program: all loads are on their way before one is needed.
 __device__ __forceinline__ uint4 load_l2(const void* source) {
   uint4 v;

@@ -18,6 +18,9 @@ constexpr int kShare = (QUERY_BLOCK + RANGES - 1) / RANGES;  // queries that a b
 constexpr int kKeyRows = KEYS < kShare * RANGES ? kShare * RANGES : KEYS;
 constexpr int kRowBytes = HEAD_DIM * 2;
 constexpr int kLdWeight = KEYS + 8;  // no bank conflicts
+// Rows behind the last query are not written; they are keys, or else repeat it.
+constexpr bool kInside =
+    (kQueries + QUERY_BLOCK - 1) / QUERY_BLOCK * QUERY_BLOCK <= (HEADS + 2) * HORIZON;
 static_assert(KEYS % 16 == 0 && KEYS > kNewRows && QUERY_BLOCK % 16 == 0, "attention tiling");
 static_assert(kPieces == 32 && kColumns == 32 && kWarps == 8, "a lane has 16 bytes of a row");
 static_assert(kTurns * kWarps * 8 <= kKeyRows + KEYS + QUERY_BLOCK, "the last turn stays inside");
@@ -91,30 +94,37 @@ __device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys
     if (!range.seen(row)) *(uint4*)piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
 }
 
-// Ask for what the kernel before this one wrote: the queries, and this range's new keys and values.
-__device__ __forceinline__ void load_new(const Range& range, const bf16* qkv) {
-  constexpr int kTurn = kWarps * HEAD_DIM, kBlocks = (kQueries + QUERY_BLOCK - 1) / QUERY_BLOCK;
-  // Rows behind the last query are not written; they are keys, or repeat it.
-  constexpr bool kInside = kBlocks * QUERY_BLOCK <= (HEADS + 2) * HORIZON;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bf16* source = qkv + lane * 8;
-  bf16 *queries = piece(query_rows(), warp, lane), *keys = piece(key_rows(), warp, lane);
-#pragma unroll
-  for (int j = 0; j < QUERY_BLOCK / kWarps; j++) {
-    u32 query = range.query0 + warp;
-    copy_async(queries + j * kTurn,
-               kInside ? source + query * HEAD_DIM + j * kTurn
-                       : source + min(query + j * kWarps, kQueries - 1) * HEAD_DIM);
+// What the kernel before this one writes: the queries, and this range's new keys and values.
+struct NewRows {
+  const bf16 *queries, *keys;
+  bf16 *query_target, *key_target;
+  u32 query, news;
+
+  // The addresses, which are there before the wait.
+  __device__ __forceinline__ NewRows(const Range& range, const bf16* qkv) : news(range.news) {
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    query = range.query0 + warp;
+    queries = qkv + (kInside ? query : 0) * HEAD_DIM + lane * 8;
+    keys = qkv + (kQueries + range.first_new + warp) * HEAD_DIM + lane * 8;
+    query_target = piece(query_rows(), warp, lane), key_target = piece(key_rows(), warp, lane);
+    settle(queries), settle(keys), settle(query_target), settle(key_target);
   }
-  source += (kQueries + range.first_new + warp) * HEAD_DIM;
+  __device__ __forceinline__ void load() const {
+    constexpr int kTurn = kWarps * HEAD_DIM;
 #pragma unroll
-  for (int j = 0; j < kNewRows / kWarps; j++) {
-    if (j * kWarps + warp >= range.news) break;
-    copy_async(keys + j * kTurn, source + j * kTurn);
-    copy_async(keys + kKeyRows * HEAD_DIM + j * kTurn, source + HORIZON * HEAD_DIM + j * kTurn);
+    for (int j = 0; j < QUERY_BLOCK / kWarps; j++)
+      copy_async(query_target + j * kTurn,
+                 queries + (kInside ? j * kTurn : min(query + j * kWarps, kQueries - 1) * HEAD_DIM));
+#pragma unroll
+    for (int j = 0; j < kNewRows / kWarps; j++) {
+      if (j * kWarps + threadIdx.x / 32 >= news) break;
+      copy_async(key_target + j * kTurn, keys + j * kTurn);
+      copy_async(key_target + kKeyRows * HEAD_DIM + j * kTurn,
+                 keys + HORIZON * HEAD_DIM + j * kTurn);
+    }
+    end_copy_group();
   }
-  end_copy_group();
-}
+};
 
 // The warp's keys of one turn and 32 columns, as the matrix instruction takes them; a turn behind
 // the last key gives anything.
@@ -325,8 +335,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
     barrier_expect(&arrived, rows * RANGES * (kRowBytes + 16));
   }
   load_prefix(range, keys, values);
+  NewRows rows(range, qkv);
   wait_for_previous();
-  load_new(range, qkv);
+  rows.load();
   wait_copies_but<2>();
   __syncthreads();  // the keys of the prefix are in place
   u32 held[kHeldTurns][kHeadSteps][4];

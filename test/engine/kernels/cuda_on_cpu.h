@@ -114,6 +114,7 @@ static inline void send(float4* variable, u64* barrier, u32 rank, float4 v) {
     cpu::count(counter, 0, -16);
   });
 }
+static inline void settle(const void*) {}
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");

@@ -25,11 +25,12 @@ _PLAN = HopperPlan(
     qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
     queries=32, ranges=3, keys=64,
 )  # fmt: skip
-# Other sizes of the attention, with ranges without a key.
+# Other sizes of the attention by horizon, some of them with ranges without a key.
 _PLANS = {
     50: _PLAN,
     33: replace(_PLAN, queries=48, ranges=1, keys=144),
     10: replace(_PLAN, queries=16, ranges=8, keys=32),
+    1: replace(_PLAN, queries=16, ranges=5, keys=32),
 }
 
 
@@ -78,7 +79,7 @@ class GpuKernels:
                 mine.copy_(its)
 
 
-@pytest.fixture(scope='module', params=[50, 10, 33])
+@pytest.fixture(scope='module', params=_PLANS)
 def kernels(request, tmp_path_factory) -> CpuKernels | GpuKernels:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return GpuKernels(request.param)
