@@ -49,6 +49,7 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool finished;
+  const char* waits_in;
   u64 operations;
   bool at_cluster_barrier;  // arrived there and has not waited yet
   u64 cluster_generation;
@@ -97,15 +98,18 @@ static std::vector<int> drawn_order(int count) {
   return order;
 }
 
-static void yield() { swapcontext(&thread->context, &scheduler); }
-
-// Ends the launch; a thread does not come back.
-static void fail(const char* what) {
-  if (failure.empty()) failure = "block " + std::to_string(block->index) + ": " + what;
-  while (thread) yield();
+static void yield(const char* where) {
+  thread->waits_in = where;
+  swapcontext(&thread->context, &scheduler);
 }
 
-static void wait(Group& group) {
+// Ends the launch; a thread does not come back.
+static void fail(const std::string& what) {
+  if (failure.empty()) failure = "block " + std::to_string(block->index) + ": " + what;
+  while (thread) yield("fail");
+}
+
+static void wait(Group& group, const char* where) {
   u64 generation = group.generation;
   moves++;
   if (++group.arrived == group.size) {
@@ -113,14 +117,14 @@ static void wait(Group& group) {
     group.generation++;
     return;
   }
-  while (group.generation == generation) yield();
+  while (group.generation == generation) yield(where);
 }
 
 static void wait_at(int id, int threads) {
   Group& barrier = block->barriers[id];
   if (barrier.arrived == 0) barrier.size = threads;
   if (barrier.size != threads) fail("threads disagree how many meet at a barrier");
-  wait(barrier);
+  wait(barrier, id ? "named_barrier" : "__syncthreads");
 }
 
 static void end_cluster_phase() {
@@ -248,6 +252,16 @@ static bool hang(int warps) {
   return true;
 }
 
+static void fail_for_hanging() {
+  for (int rank = 0; rank < cluster_size; rank++)
+    for (int i = 0; i < blocks[rank].size; i++) {
+      if (blocks[rank].threads[i].finished) continue;
+      take_turn(blocks[rank]);
+      return fail("thread " + std::to_string(i) + " waits for ever in " +
+                  blocks[rank].threads[i].waits_in);
+    }
+}
+
 static void run_cluster(int first, int threads) {
   int warps = threads / 32;
   copies.clear();
@@ -271,7 +285,7 @@ static void run_cluster(int first, int threads) {
       run_warp(b, i % warps);
       if (!failure.empty()) return;
     }
-    if (running() && hang(warps)) return fail("waits for ever");
+    if (running() && hang(warps)) return fail_for_hanging();
   }
 }
 
@@ -311,7 +325,7 @@ static void end_tasks(Tasks& tasks, int groups_left) {
 static Exchange& next_exchange() {
   return block->exchanges[thread_index.x / 32][thread->operations++ % 2];
 }
-static void meet() { wait(block->warps[thread_index.x / 32]); }
+static void meet() { wait(block->warps[thread_index.x / 32], "a warp's operation"); }
 
 static bool is_static(const void* p) {
   return (u64)p - (u64)statics_home < statics_bytes;
@@ -349,7 +363,7 @@ static inline void cluster_arrive() {
 static inline void cluster_arrive_relaxed() { cluster_arrive(); }
 static inline void cluster_wait() {
   if (!cpu::thread->at_cluster_barrier) cpu::fail("cluster_wait without cluster_arrive");
-  while (cpu::counts_at_cluster_barrier()) cpu::yield();
+  while (cpu::counts_at_cluster_barrier()) cpu::yield("cluster_wait");
   cpu::thread->at_cluster_barrier = false;
 }
 template <class T>

@@ -54,7 +54,7 @@ extern "C" __global__ void fresh_memory(float* found) {
 }
 
 extern "C" __global__ void half_a_barrier() {
-  if (threadIdx.x < 32) __syncthreads();
+  if (threadIdx.x >= 32) __syncthreads();
 }
 
 extern "C" __global__ void arrive_twice() {

@@ -97,7 +97,7 @@ static void init(u64* barrier, u32 arrivals) {
   *(Barrier*)barrier = {0, arrivals, arrivals, 0, kMark};
 }
 static void wait(u64* barrier, u32 parity) {
-  while (checked(barrier)->parity == parity) yield();
+  while (checked(barrier)->parity == parity) yield("barrier_wait");
 }
 }  // namespace cpu
 static inline void barrier_init(u64* barrier) { cpu::init(barrier, 1); }

@@ -70,8 +70,8 @@ def test_a_block_begins_without_the_memory_of_the_last_one(blocks, cluster):
 @pytest.mark.parametrize(
     ('kernel', 'cluster', 'message'),
     [
-        ('half_a_barrier', 1, 'half_a_barrier: block 0: waits for ever'),
-        ('half_a_barrier', 2, 'waits for ever'),
+        ('half_a_barrier', 1, 'block 0: thread 32 waits for ever in __syncthreads'),
+        ('half_a_barrier', 2, 'block 0: thread 32 waits for ever in __syncthreads'),
         ('arrive_twice', 2, 'cluster_arrive twice without cluster_wait'),
         ('arrive_twice', 3, 'cluster size must be 1 to 16 and divide the number of blocks'),
     ],
@@ -123,10 +123,15 @@ def test_a_wait_that_is_missing_is_seen(tiles, mistake):
         ('kNoStoreWait', 'a thread ends without store_wait'),
         ('kLeaveEarly', "ends while copies|after its block's end"),
         ('kNoBarriersYet', 'a barrier is used without barrier_init'),
-        ('kTooFewBytes', 'waits for ever'),
+        ('kTooFewBytes', 'waits for ever in barrier_wait'),
     ],
 )
 def test_what_a_gpu_leaves_undefined_is_said(tiles, mistake, message):
     with pytest.raises(RuntimeError, match=message):
         for _ in range(20):  # not every order of the blocks shows it
             _product(tiles, 384, mistake)
+
+
+def test_every_warp_of_a_group_multiplies(tiles):
+    with pytest.raises(RuntimeError, match='wgmma without all four warps of a group'):
+        tiles.launch('three_warps', 1, 128, 1)

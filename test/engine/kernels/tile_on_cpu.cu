@@ -115,3 +115,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
   cluster_arrive();
   cluster_wait();
 }
+
+extern "C" __global__ void __launch_bounds__(128) three_warps() {
+  float acc[4] = {};
+  u64 tile = tile_operand((const void*)(((u64)shared_memory + 1023) / 1024 * 1024));
+  wgmma_begin();
+  if (threadIdx.x >= 32) wgmma<8>(acc, tile, tile);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
