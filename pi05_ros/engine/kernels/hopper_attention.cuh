@@ -176,9 +176,10 @@ __device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHea
 }
 
 // Softmax over the range's keys, without the division. A lane has the queries i * 8 + lane / 4.
-// tops: the largest logits of each warp.
+// tops: the largest logits of each warp; sums: the weights of a lane.
 __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns][kQueryTiles][4],
-                                      float log2_scale, OfWarps& tops) {
+                                      float log2_scale, OfWarps& tops,
+                                      float (&sums)[kQueryTiles * 2]) {
   const float kLowest = __int_as_float(0xff800000);
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   bool seen[kTurns][2];
@@ -203,11 +204,11 @@ __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns
     if (lane % 4 == 0) tops[i * 8 + lane / 4][warp] = top;
   }
   __syncthreads();  // all maxima are there, all keys and queries are read
-  float sums[kQueryTiles * 2] = {};
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
     u32 query = i * 8 + lane / 4;
     float top = kLowest;
+    sums[i] = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) top = fmaxf(top, tops[query][w]);
     // Without a key the weights are 0, not NaN.
@@ -224,6 +225,10 @@ __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns
     }
   }
   __syncthreads();  // all weights are there
+}
+
+__device__ __forceinline__ void add_up(float (&sums)[kQueryTiles * 2]) {
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
     sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
@@ -352,10 +357,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
     if (turn * kWarps * 8 < kNewRows && (turn * kWarps + threadIdx.x / 32) * 8 < kNewRows)
 #pragma unroll
       for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
-  float logits[kTurns][kQueryTiles][4];
+  float logits[kTurns][kQueryTiles][4], sums[kQueryTiles * 2];
   multiply_keys(held, logits);
-  weigh(range, logits, log2_scale, tops);
+  weigh(range, logits, log2_scale, tops, sums);
   cluster_arrive_relaxed();  // this block's keys and queries are read, its barrier counts
+  add_up(sums);
   Outputs outputs = {};
   multiply_values(outputs);
   cluster_wait();
