@@ -94,8 +94,10 @@ __device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys
     if (!range.seen(row)) *(uint4*)piece(value_rows(), row, lane) = make_uint4(0, 0, 0, 0);
 }
 
-// What the kernel before this one writes: the queries, and this range's new keys and values.
+// What the kernel before this one writes: the queries, and this range's new keys and values. They
+// come in two groups: with the first half of the columns of the queries the logits can begin.
 struct NewRows {
+  static constexpr int kRows = kThreads / (kPieces / 2);  // of queries in one turn
   const bf16 *queries, *keys;
   bf16 *query_target, *key_target;
   u32 query, news;
@@ -103,26 +105,34 @@ struct NewRows {
   // The addresses, which are there before the wait.
   __device__ __forceinline__ NewRows(const Range& range, const bf16* qkv) : news(range.news) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    query = range.query0 + warp;
-    queries = qkv + (kInside ? query : 0) * HEAD_DIM + lane * 8;
+    u32 row = threadIdx.x / (kPieces / 2), at = threadIdx.x % (kPieces / 2);
+    query = range.query0 + row;
+    queries = qkv + (kInside ? query : 0) * HEAD_DIM + at * 8;
     keys = qkv + (kQueries + range.first_new + warp) * HEAD_DIM + lane * 8;
-    query_target = piece(query_rows(), warp, lane), key_target = piece(key_rows(), warp, lane);
+    query_target = piece(query_rows(), row, at), key_target = piece(key_rows(), warp, lane);
     settle(queries), settle(keys), settle(query_target), settle(key_target);
   }
   __device__ __forceinline__ void load() const {
-    constexpr int kTurn = kWarps * HEAD_DIM;
-#pragma unroll
-    for (int j = 0; j < QUERY_BLOCK / kWarps; j++)
-      copy_async(query_target + j * kTurn,
-                 queries + (kInside ? j * kTurn : min(query + j * kWarps, kQueries - 1) * HEAD_DIM));
-#pragma unroll
-    for (int j = 0; j < kNewRows / kWarps; j++) {
-      if (j * kWarps + threadIdx.x / 32 >= news) break;
-      copy_async(key_target + j * kTurn, keys + j * kTurn);
-      copy_async(key_target + kKeyRows * HEAD_DIM + j * kTurn,
-                 keys + HORIZON * HEAD_DIM + j * kTurn);
-    }
+    load_queries<0>();
+    load_rows(key_target, keys);
     end_copy_group();
+    load_queries<1>();
+    load_rows(key_target + kKeyRows * HEAD_DIM, keys + HORIZON * HEAD_DIM);
+    end_copy_group();
+  }
+  template <int kHalf>
+  __device__ __forceinline__ void load_queries() const {
+#pragma unroll
+    for (int j = 0; j < QUERY_BLOCK; j += kRows)
+      copy_async(query_target + j * HEAD_DIM + kHalf * HEAD_DIM / 2,
+                 queries + (kInside ? j : min(query + j, kQueries - 1)) * HEAD_DIM +
+                     kHalf * HEAD_DIM / 2);
+  }
+  // The keys or the values.
+  __device__ __forceinline__ void load_rows(bf16* target, const bf16* source) const {
+#pragma unroll
+    for (int j = 0; j < kNewRows; j += kWarps)
+      if (j + threadIdx.x / 32 < news) copy_async(target + j * HEAD_DIM, source + j * HEAD_DIM);
   }
 };
 
@@ -134,13 +144,16 @@ __device__ __forceinline__ void load_keys(u32 (&k)[4], int turn, int step) {
                turn * kWarps * 8 * kRowBytes + step / 2 * 128);
 }
 
-// Logits of 8 keys per turn: [turn][query tile] in the layout of the matrix instruction.
-__device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHeadSteps][4],
-                                              float (&logits)[kTurns][kQueryTiles][4]) {
+typedef u32 HeldKeys[kHeldTurns][kHeadSteps][4];
+// 8 keys per turn, in the layout of the matrix instruction.
+typedef float Logits[kTurns][kQueryTiles][4];
+
+// A half of the columns' part of the logits.
+template <int kHalf>
+__device__ __forceinline__ void multiply_keys(const HeldKeys& held, Logits (&sums)[kChains]) {
   u32 lane = threadIdx.x % 32;
-  float sums[kChains][kTurns][kQueryTiles][4] = {};
 #pragma unroll
-  for (int s = 0; s < kHeadSteps; s++) {
+  for (int s = kHalf * kHeadSteps / 2; s < (kHalf + 1) * kHeadSteps / 2; s++) {
     u32 k[kTurns][4];
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++)
@@ -164,22 +177,14 @@ __device__ __forceinline__ void multiply_keys(const u32 (&held)[kHeldTurns][kHea
       }
     }
   }
-#pragma unroll
-  for (int turn = 0; turn < kTurns; turn++)
-#pragma unroll
-    for (int t = 0; t < kQueryTiles; t++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        logits[turn][t][i] = sums[0][turn][t][i];
-        if (kChains > 1) logits[turn][t][i] += sums[kChains - 1][turn][t][i];
-      }
 }
 
 // Softmax over the range's keys, without the division. A lane has the queries i * 8 + lane / 4.
 // tops: the largest logits of each warp; sums: the weights of a lane.
-__device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns][kQueryTiles][4],
+__device__ __forceinline__ void weigh(const Range& range, Logits (&parts)[kChains],
                                       float log2_scale, OfWarps& tops,
                                       float (&sums)[kQueryTiles * 2]) {
+  Logits& logits = parts[0];
   const float kLowest = __int_as_float(0xff800000);
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   bool seen[kTurns][2];
@@ -196,6 +201,7 @@ __device__ __forceinline__ void weigh(const Range& range, float (&logits)[kTurns
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         float& logit = logits[turn][i / 2][i % 2 * 2 + j];
+        if (kChains > 1) logit += parts[kChains - 1][turn][i / 2][i % 2 * 2 + j];
         logit = seen[turn][j] ? logit : kLowest;
         top = fmaxf(top, logit);
       }
@@ -343,22 +349,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
   NewRows rows(range, qkv);
   wait_for_previous();
   rows.load();
-  wait_copies_but<2>();
+  wait_copies_but<3>();
   __syncthreads();  // the keys of the prefix are in place
-  u32 held[kHeldTurns][kHeadSteps][4];
+  HeldKeys held;
 #pragma unroll
   for (int turn = 0; turn < kHeldTurns; turn++)
 #pragma unroll
     for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
-  wait_copies_but<0>();
-  __syncthreads();  // everything is in place
+  wait_copies_but<1>();
+  __syncthreads();  // all keys and half of the queries are in place
 #pragma unroll
   for (int turn = 0; turn < kHeldTurns; turn++)
     if (turn * kWarps * 8 < kNewRows && (turn * kWarps + threadIdx.x / 32) * 8 < kNewRows)
 #pragma unroll
       for (int s = 0; s < kHeadSteps; s++) load_keys(held[turn][s], turn, s);
-  float logits[kTurns][kQueryTiles][4], sums[kQueryTiles * 2];
-  multiply_keys(held, logits);
+  Logits logits[kChains] = {};
+  float sums[kQueryTiles * 2];
+  multiply_keys<0>(held, logits);
+  wait_copies_but<0>();
+  __syncthreads();  // everything is in place
+  multiply_keys<1>(held, logits);
   weigh(range, logits, log2_scale, tops, sums);
   cluster_arrive_relaxed();  // this block's keys and queries are read, its barrier counts
   add_up(sums);
