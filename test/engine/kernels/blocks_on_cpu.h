@@ -286,7 +286,7 @@ static void run_cluster(int first, int threads) {
   Resting resting;
   while (running()) {
     deliver_copies();
-    if (resting.count == 0 && draw(16) == 0) resting = drawn_rest(warps);
+    if (resting.count == 0 && draw(4) == 0) resting = drawn_rest(warps);
     for (int i : drawn_order(cluster_size * warps)) {
       Block& b = blocks[i / warps];
       if (draw(3) == 0 || resting.has(i) || b.running == 0) continue;
