@@ -243,29 +243,35 @@ __device__ __forceinline__ void add_up(float (&sums)[kQueryTiles * 2]) {
   }
 }
 
+constexpr int kValueSteps = KEYS / 16, kHeldSteps = kValueSteps < 8 ? kValueSteps : 8;
+typedef u32 Values[kColumns / 16][4];  // 16 keys of the warp's columns
 typedef float Outputs[kQueryTiles][kColumns / 8][4];
 
-// The warp's columns of the outputs of all queries.
-__device__ __forceinline__ void multiply_values(Outputs& outputs) {
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane % 16;
-  bf16* weights = weight_rows() + row * kLdWeight + lane / 16 * 8;
+__device__ __forceinline__ void load_values(Values& values, int step) {
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int step = 0; step < KEYS / 16; step++) {
+  for (int n = 0; n < kColumns / 16; n++)
+    load_matrix4_transposed(values[n], piece(value_rows(), lane % 16, warp * 4 + n * 2 + lane / 16),
+                            step * 16 * kRowBytes);
+}
+
+// The warp's columns of the outputs of all queries.
+__device__ __forceinline__ void multiply_values(Values (&held)[kValueSteps], Outputs& outputs) {
+  u32 lane = threadIdx.x % 32;
+  bf16* weights = weight_rows() + lane % 16 * kLdWeight + lane / 16 * 8;
+#pragma unroll
+  for (int step = 0; step < kValueSteps; step++) {
+    if (step >= kHeldSteps) load_values(held[step], step);
     u32 a[kQueryTiles][4];
 #pragma unroll
     for (int t = 0; t < kQueryTiles; t++)
       load_matrix4(a[t], weights, (t * 16 * kLdWeight + step * 16) * 2);
 #pragma unroll
-    for (int n = 0; n < kColumns / 16; n++) {
-      u32 b[4];
-      load_matrix4_transposed(b, piece(value_rows(), row, warp * 4 + n * 2 + lane / 16),
-                              step * 16 * kRowBytes);
+    for (int n = 0; n < kColumns / 8; n++)
 #pragma unroll
-      for (int t = 0; t < kQueryTiles; t++) {
-        mma(outputs[t][2 * n], a[t][0], a[t][1], a[t][2], a[t][3], b[0], b[1]);
-        mma(outputs[t][2 * n + 1], a[t][0], a[t][1], a[t][2], a[t][3], b[2], b[3]);
-      }
-    }
+      for (int t = 0; t < kQueryTiles; t++)
+        mma(outputs[t][n], a[t][0], a[t][1], a[t][2], a[t][3], held[step][n / 2][n % 2 * 2],
+            held[step][n / 2][n % 2 * 2 + 1]);
   }
 }
 
@@ -369,11 +375,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
   wait_copies_but<0>();
   __syncthreads();  // everything is in place
   multiply_keys<1>(held, logits);
+  Values held_values[kValueSteps];
+#pragma unroll
+  for (int step = 0; step < kHeldSteps; step++) load_values(held_values[step], step);
   weigh(range, logits, log2_scale, tops, sums);
   cluster_arrive_relaxed();  // this block's keys and queries are read, its barrier counts
   add_up(sums);
   Outputs outputs = {};
-  multiply_values(outputs);
+  multiply_values(held_values, outputs);
   cluster_wait();
   __syncthreads();  // all norms are there
   hand_out(range, outputs, tops, log2_scale, &arrived);
