@@ -59,6 +59,14 @@ def test_what_does_not_fit_is_said(hopper, config, buffers, reason):
     assert re.search(reason, hopper_obstacle(config, buffers))
 
 
+@pytest.mark.parametrize('horizon', [10, 50])
+@pytest.mark.parametrize('prefix', [640, 768, 1024])
+def test_the_attention_starts_beside_the_product_before_it(horizon, prefix):
+    plan = hopper_layout.hopper_plan(_FULL.expert, horizon, prefix, 132)
+    blocks = plan.attend_bytes(256) + plan.qkv.shared_bytes(horizon)
+    assert blocks <= 224 * 1024
+
+
 def test_another_gpu_runs_the_triton_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (12, 0))
     assert 'no Hopper GPU' in hopper_obstacle(_FULL, _buffers())
