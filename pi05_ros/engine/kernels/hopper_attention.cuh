@@ -275,23 +275,21 @@ __device__ __forceinline__ void multiply_values(Values (&held)[kValueSteps], Out
   }
 }
 
-// Send every block of the cluster what this range has of its queries.
+// Send every block of the cluster what this range has of its queries. A lane has two columns of each
+// of four 8-column tiles; they travel as 16 bytes.
 __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outputs,
                                          const OfWarps& tops, float log2_scale, u64* arrived) {
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kQueryTiles * 2; i++) {
-    // A lane has two columns of each of four 8-column tiles; after the exchange, one whole tile.
-    u32 own[4];
+    float own[4];
 #pragma unroll
     for (int n = 0; n < 4; n++)
-      own[n] = pack(outputs[i / 2][n][i % 2 * 2], outputs[i / 2][n][i % 2 * 2 + 1]);
-    transpose4(own, lane);
+      own[n] = __uint_as_float(
+          pack(outputs[i / 2][n][i % 2 * 2], outputs[i / 2][n][i % 2 * 2 + 1]));
     u32 query = i * 8 + lane / 4;
     bf16* target = piece(part_rows(), range.rank * kShare + query % kShare, warp * 4 + lane % 4);
-    send((float4*)target, arrived, query / kShare,
-         make_float4(__uint_as_float(own[0]), __uint_as_float(own[1]), __uint_as_float(own[2]),
-                     __uint_as_float(own[3])));
+    send((float4*)target, arrived, query / kShare, make_float4(own[0], own[1], own[2], own[3]));
   }
   u32 query = threadIdx.x;
   if (query < QUERY_BLOCK) {
@@ -306,31 +304,37 @@ __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outp
   }
 }
 
-// Put together the ranges of this block's queries, 4 columns per thread.
+// Put together the ranges of this block's queries, one per warp.
 __device__ __forceinline__ void merge(const Range& range, bf16* attended) {
-  for (u32 i = threadIdx.x; i < kShare * HEAD_DIM / 4; i += kThreads) {
-    u32 mine = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+  u32 lane = threadIdx.x % 32;
+  for (u32 mine = threadIdx.x / 32; mine < kShare; mine += kWarps) {
     u32 row = range.rank * kShare + mine, query = range.query0 + row;
     if (row >= QUERY_BLOCK || query >= kQueries) break;
-    uint2 parts[RANGES];
-    float weights[RANGES], top = __int_as_float(0xff800000), norm = 0.f, o[4] = {};
+    uint4 parts[RANGES];
+    float weights[RANGES], top = __int_as_float(0xff800000), norm = 0.f, o[8] = {};
 #pragma unroll
     for (int r = 0; r < RANGES; r++) {
-      parts[r] = *(uint2*)(piece(part_rows(), r * kShare + mine, column / 8) + column % 8);
       weights[r] = scales()[mine][r].x;
-      top = fmaxf(top, weights[r]);
+      parts[r] = *(uint4*)piece(part_rows(), r * kShare + mine, lane);
     }
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) top = fmaxf(top, weights[r]);
 #pragma unroll
     for (int r = 0; r < RANGES; r++) {
       float w = exp2_fast(weights[r] - top);
       norm += w * scales()[mine][r].y;
-      o[0] += w * low(parts[r].x), o[1] += w * high(parts[r].x);
-      o[2] += w * low(parts[r].y), o[3] += w * high(parts[r].y);
+      u32 pairs[4] = {parts[r].x, parts[r].y, parts[r].z, parts[r].w};
+#pragma unroll
+      for (int n = 0; n < 4; n++) o[2 * n] += w * low(pairs[n]), o[2 * n + 1] += w * high(pairs[n]);
     }
     float inverse = reciprocal(norm);
+    u32 out[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) out[n] = pack(o[2 * n] * inverse, o[2 * n + 1] * inverse);
+    transpose4(out, lane);  // one whole tile
     u32 token = query % HORIZON, head = query / HORIZON;
-    *(uint2*)(attended + ((size_t)token * HEADS + head) * HEAD_DIM + column) =
-        make_uint2(pack(o[0] * inverse, o[1] * inverse), pack(o[2] * inverse, o[3] * inverse));
+    *(uint4*)(attended + (token * HEADS + head) * HEAD_DIM + lane * 8) =
+        make_uint4(out[0], out[1], out[2], out[3]);
   }
 }
 
