@@ -107,15 +107,21 @@ __device__ __forceinline__ void barrier_wait_cluster(u64* barrier) {
       : "memory");
 }
 
-// Write a shared variable of another block of the cluster, whose barrier counts the 16 bytes.
-__device__ __forceinline__ void send(float4* variable, u64* barrier, u32 rank, float4 v) {
-  u32 there, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(variable)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(barrier)), "r"(rank));
+// A shared variable of another block of the cluster, and 16 bytes written there, which a barrier
+// of that block counts. Adding to the address adds bytes.
+typedef u32 ClusterAddress;
+__device__ __forceinline__ ClusterAddress address_in_block(const void* variable, u32 rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(shared_address(variable)), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void send(ClusterAddress there, ClusterAddress barrier, float4 v) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          there),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(counter)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
+      "{%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
 

@@ -289,7 +289,9 @@ __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outp
           pack(outputs[i / 2][n][i % 2 * 2], outputs[i / 2][n][i % 2 * 2 + 1]));
     u32 query = i * 8 + lane / 4;
     bf16* target = piece(part_rows(), range.rank * kShare + query % kShare, warp * 4 + lane % 4);
-    send((float4*)target, arrived, query / kShare, make_float4(own[0], own[1], own[2], own[3]));
+    u32 rank = query / kShare;
+    send(address_in_block(target, rank), address_in_block(arrived, rank),
+         make_float4(own[0], own[1], own[2], own[3]));
   }
   u32 query = threadIdx.x;
   if (query < QUERY_BLOCK) {
@@ -299,8 +301,9 @@ __device__ __forceinline__ void hand_out(const Range& range, const Outputs& outp
       top = fmaxf(top, tops[query][w]);
       norm += norms()[query][w];
     }
-    send(&scales()[query % kShare][range.rank], arrived, query / kShare,
-         make_float4(top * log2_scale, norm, 0.f, 0.f));
+    u32 rank = query / kShare;
+    send(address_in_block(&scales()[query % kShare][range.rank], rank),
+         address_in_block(arrived, rank), make_float4(top * log2_scale, norm, 0.f, 0.f));
   }
 }
 

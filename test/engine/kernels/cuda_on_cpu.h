@@ -23,7 +23,6 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float __uint_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline u32 __float_as_uint(float f) { u32 bits; memcpy(&bits, &f, 4); return bits; }
@@ -105,13 +104,19 @@ static inline void barrier_init_done() {}
 static inline void barrier_expect(u64* barrier, u32 bytes) { cpu::count(barrier, 1, bytes); }
 static inline void barrier_wait(u64* barrier) { cpu::wait(barrier, 0); }
 static inline void barrier_wait_cluster(u64* barrier) { barrier_wait(barrier); }
-static inline void send(float4* variable, u64* barrier, u32 rank, float4 v) {
-  u64* counter = (u64*)cpu::named_in(barrier, rank);
-  float4* there = (float4*)cpu::named_in(variable, rank);
-  if ((u64)there % 16) cpu::fail("send is not aligned");
-  cpu::begin_copy(rank, [=] {
-    *there = v;
-    cpu::count(counter, 0, -16);
+struct ClusterAddress {
+  char* there;
+  u32 rank;
+  ClusterAddress operator+(u32 bytes) const { return {there + bytes, rank}; }
+};
+static inline ClusterAddress address_in_block(void* variable, u32 rank) {
+  return {(char*)cpu::named_in(variable, rank), rank};
+}
+static inline void send(ClusterAddress variable, ClusterAddress barrier, float4 v) {
+  if ((u64)variable.there % 16) cpu::fail("send is not aligned");
+  cpu::begin_copy(variable.rank, [=] {
+    memcpy(variable.there, &v, 16);
+    cpu::count((u64*)barrier.there, 0, -16);
   });
 }
 static inline void settle(const void*) {}
