@@ -35,7 +35,7 @@ def hopper_obstacle(config: Pi05Config, buffers: LayerBuffers) -> str | None:
 
 
 class HopperChain:
-    """Nine kernels; each is enqueued to start while the one before it still runs.
+    """Eight kernels; each is enqueued to start while the one before it still runs.
 
     ``buffers.scaled`` holds the norm of ``buffers.x``.
     """
@@ -64,13 +64,11 @@ class HopperChain:
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        heads, rows = expert.num_heads * expert.head_dim, expert.num_heads * self.horizon
+        heads = expert.num_heads * expert.head_dim
         out_ranges = heads // plan.attention_out.depth
         mlp_ranges = expert.mlp_dim // plan.down.depth
         self._attention_partials = floats(out_ranges, self.horizon, expert.width)
         self._mlp_partials = floats(mlp_ranges, self.horizon, expert.width)
-        self._log_sums = floats(plan.ranges, rows)
-        self._parts = floats(plan.ranges, rows, expert.head_dim).to(buffers.x.dtype)
         self._scale = expert.head_dim**-0.5 * math.log2(math.e)
         self._kernels = self._compile()
 
@@ -83,13 +81,11 @@ class HopperChain:
         expert, device = config.expert, self._noise.device
         macros = tuple(hopper_layout.defines(plan, config, horizon).items())
         module = compile_module(_SOURCE, macros, device)
-        rows = expert.num_heads * horizon
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             'attend': (
-                hopper_layout.query_blocks(expert, horizon) * plan.ranges, THREADS,
-                plan.attend_bytes(expert.head_dim),
+                plan.attend_blocks(expert, horizon), THREADS, plan.attend_bytes(expert.head_dim),
+                plan.ranges,
             ),
-            'merge': (-(-rows // (THREADS // 32)), THREADS, 0),
             'residual_attention': (horizon, expert.width // 4, 0),
             'residual_mlp': (horizon, expert.width // 4, 0),
             'step_end': (horizon, expert.width // 2, 4 * config.action_dim * expert.width),
@@ -113,7 +109,6 @@ class HopperChain:
         row = table_row(num_steps, step)
         self.launch_qkv(row, layer)
         self.launch_attend(row, layer)
-        self.launch_merge()
         self.launch_attention_out(row, layer)
         self.launch_residual_attention(row, layer)
         self.launch_gate_up(row, layer)
@@ -134,16 +129,11 @@ class HopperChain:
         self._launch('qkv', b.scaled, self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
 
     def launch_attend(self, row: int, layer: int) -> None:
-        """Enqueue the attention to every range of keys."""
+        """Enqueue the attention."""
         b = self._buffers
         self._launch(
-            'attend', b.qkv, b.keys[layer], b.values[layer], b.n_prefix, self._parts,
-            self._log_sums, self._scale,
-        )  # fmt: skip
-
-    def launch_merge(self) -> None:
-        """Enqueue the merge of the ranges."""
-        self._launch('merge', self._parts, self._log_sums, self._buffers.attended)
+            'attend', b.qkv, b.keys[layer], b.values[layer], b.n_prefix, b.attended, self._scale
+        )
 
     def launch_attention_out(self, row: int, layer: int) -> None:
         """Enqueue the output projection."""

@@ -43,6 +43,7 @@ def test_the_released_expert_fits_a_hopper_gpu(hopper, horizon, prefix):
     assert hopper_obstacle(_FULL, _buffers(horizon, prefix)) is None
     plan = hopper_layout.hopper_plan(_FULL.expert, horizon, prefix, 132)
     assert plan.ranges * plan.keys >= prefix + horizon
+    assert plan.attend_blocks(_FULL.expert, horizon) <= 15 * 8  # so many run at once
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,14 @@ def test_the_released_expert_fits_a_hopper_gpu(hopper, horizon, prefix):
 )
 def test_what_does_not_fit_is_said(hopper, config, buffers, reason):
     assert re.search(reason, hopper_obstacle(config, buffers))
+
+
+@pytest.mark.parametrize('horizon', [10, 50])
+@pytest.mark.parametrize('prefix', [640, 768, 1024])
+def test_the_attention_starts_beside_the_product_before_it(horizon, prefix):
+    plan = hopper_layout.hopper_plan(_FULL.expert, horizon, prefix, 132)
+    blocks = plan.attend_bytes(256) + plan.qkv.shared_bytes(horizon)
+    assert blocks <= 224 * 1024
 
 
 def test_another_gpu_runs_the_triton_kernels(monkeypatch):
@@ -90,7 +99,10 @@ def test_packed_weights_are_the_same_weights():
         ),
     )
     plan = hopper_layout.HopperPlan(
-        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS), ranges=1, keys=16
+        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS),
+        queries=16,
+        ranges=1,
+        keys=16,
     )
     packed = hopper_layout.pack_weights(weights, plan, expert)
     again = hopper_layout.unpack_weights(packed, plan, expert)

@@ -58,9 +58,13 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster arrive; after the wait each sees the others' writes.
+// All threads of all blocks of the cluster arrive; after the wait each sees the others' writes,
+// with a relaxed arrival only that they are there and what barriers they have.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -94,6 +98,33 @@ __device__ __forceinline__ void barrier_wait(u64* barrier) {
       : "memory");
 }
 
+// Wait for what other blocks of the cluster send.
+__device__ __forceinline__ void barrier_wait_cluster(u64* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// A shared variable of another block of the cluster, and 16 bytes written there, which a barrier
+// of that block counts. Adding to the address adds bytes.
+typedef u32 ClusterAddress;
+__device__ __forceinline__ ClusterAddress address_in_block(const void* variable, u32 rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(shared_address(variable)), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void send(ClusterAddress there, ClusterAddress barrier, float4 v) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
+      "{%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+
 // Bulk copies: addresses and sizes are multiples of 16 bytes. Weights are read once per step and
 // leave L2 first.
 __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 bytes,
@@ -107,6 +138,11 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 
       : "memory");
 }
 
+// Have an address computed here and not where it is used.
+__device__ __forceinline__ void settle(const void* address) {
+  asm volatile("{\n.reg .pred none;\nsetp.eq.u64 none, %0, 0;\n@none trap;\n}" ::"l"(address));
+}
+
 // 16 bytes from L2, in the order of the program: all loads are on their way before one is needed.
 __device__ __forceinline__ uint4 load_l2(const void* source) {
   uint4 v;
@@ -117,14 +153,19 @@ __device__ __forceinline__ uint4 load_l2(const void* source) {
   return v;
 }
 
-// The same into shared memory, in the background; wait_copies waits for those of this thread.
+// The same into shared memory, in the background, in groups that arrive in order. A thread waits
+// for all of its groups but the last few.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                "l"(source)
                : "memory");
 }
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+__device__ __forceinline__ void end_copy_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kCount>
+__device__ __forceinline__ void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
 // c (16 x 8) += a (16 x 16) b (16 x 8): the layout of m16n8k16 in the PTX manual.
@@ -136,17 +177,20 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrix4(u32 (&r)[4], const void* row) {
+// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8, and all lanes how
+// many bytes behind it.
+__device__ __forceinline__ void load_matrix4(u32 (&r)[4], const void* row,
+                                             int offset = 0) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(row) + offset)
                : "memory");
 }
-__device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], const void* row,
+                                                        int offset = 0) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(row) + offset)
                : "memory");
 }
 

@@ -1,8 +1,7 @@
 // One Euler step of the action expert as a chain of small kernels for Hopper GPUs.
 //
 //   qkv             q, k, v = rope(normed W_qkv^T)
-//   attend          attention of the action tokens to one range of keys
-//   merge           the ranges put together
+//   attend          attention of the action tokens, in clusters of blocks
 //   attention_out   a W_out^T, one range of K per block, as partial sums
 //   residual        x += gate * sum of the ranges;  normed = adarms(x)     (twice per layer)
 //   gate_up         a = gelu_tanh(normed W_gate^T) * (normed W_up^T)
@@ -20,8 +19,9 @@
 // of K within 32 is permuted on both sides, so that a lane reads 16 contiguous bytes of a token.
 //
 // Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; *_TILES feature
-// tiles of 16 per block, *_DEPTH the range of K per block; RANGES of keys with at most KEYS (a
-// multiple of 16) in each. Storage is bfloat16, held as unsigned short; sums are float32.
+// tiles of 16 per block, *_DEPTH the range of K per block; QUERY_BLOCK (a multiple of 16) query rows
+// per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each. Storage is
+// bfloat16, held as unsigned short; sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"

@@ -17,15 +17,19 @@ from pi05_ros.model.config import GemmaConfig, Pi05Config
 
 THREADS = 256
 _WARPS = THREADS // 32
-_QUERY_BLOCK = 32
 _MAX_HORIZON = 64
-_MAX_RANGES = 16
+_RANGES = 8  # of keys: blocks of a cluster; more than 8 are not portable
 _BLOCK_BYTES = 224 * 1024  # dynamic shared memory of a block, beside what the kernels declare
 _TILE = 16  # weight rows of one matrix instruction
 # Shared memory that a block asks for at least. A kernel that starts early finds some
-# multiprocessors empty; several of its blocks on one of them would take turns.
-_ALONE_BYTES = 116 * 1024  # no second block of the kernel fits beside it
-_PAIR_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
+# multiprocessors empty; several of its blocks on one of them would take turns. The blocks of a
+# cluster start together, beside the blocks of QKV where there is room for both.
+_QKV_BYTES = 76 * 1024
+_ATTEND_BYTES = 116 * 1024  # no second block fits beside it
+_OUT_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
+_DOWN_BYTES = 76 * 1024
+_PROCESSOR_BYTES = 228 * 1024
+_DECLARED_BYTES = 4 * 1024  # what two blocks take beside it, at most
 PRODUCTS = ('qkv', 'attention_out', 'gate_up', 'down')  # fields of plan and weights alike
 
 
@@ -57,19 +61,19 @@ class HopperPlan:
     attention_out: Slab
     gate_up: Slab
     down: Slab
-    ranges: int  # of keys
+    queries: int  # rows of a cluster of the attention
+    ranges: int  # of keys, one per block of a cluster
     keys: int  # of a range, at most
 
+    def attend_blocks(self, expert: GemmaConfig, horizon: int) -> int:
+        """Return the blocks of the attention."""
+        return -(-expert.num_heads * horizon // self.queries) * self.ranges
+
     def attend_bytes(self, head_dim: int) -> int:
-        """Return the shared memory of an attention block: keys, values, queries or weights."""
-        row = max(head_dim + 32, self.keys + 8)
-        needed = 2 * (self.keys * (2 * head_dim + 40) + _QUERY_BLOCK * row)
-        return max(needed, _ALONE_BYTES)
-
-
-def query_blocks(expert: GemmaConfig, horizon: int) -> int:
-    """Return the blocks that share one range of keys."""
-    return -(-expert.num_heads * horizon // _QUERY_BLOCK)
+        """Return the shared memory of an attention block: keys, values, queries."""
+        merged = -(-self.queries // self.ranges) * self.ranges
+        rows = max(self.keys, merged) + self.keys + self.queries
+        return max(2 * rows * head_dim, _ATTEND_BYTES)
 
 
 def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: int) -> HopperPlan:
@@ -79,17 +83,22 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
         max_prefix: prefix rows that there is room for.
         processors: multiprocessors of the GPU.
     """
-    ranges = max(1, min(_MAX_RANGES, processors // query_blocks(expert, horizon)))
-    keys = -(-(max_prefix + horizon) // ranges)
+    # A cluster has to fit into one part of the GPU: of 132 multiprocessors 15 clusters of 8 do.
+    clusters = max(1, processors // _RANGES - 1)
+    queries = 16 * -(-expert.num_heads * horizon // (16 * clusters))
+    new_rows = -(-horizon // (8 * _RANGES)) * 8  # of a range, whole tiles of 8
     heads = expert.num_heads * expert.head_dim
-    return HopperPlan(
-        qkv=Slab(32, expert.width, _ALONE_BYTES),
-        attention_out=Slab(32, heads // 4, _PAIR_BYTES),
+    plan = HopperPlan(
+        qkv=Slab(32, expert.width),
+        attention_out=Slab(32, heads // 4, _OUT_BYTES),
         gate_up=Slab(64, expert.width),
-        down=Slab(64, expert.mlp_dim // 8, _PAIR_BYTES),
-        ranges=ranges,
-        keys=-(-keys // 16) * 16,
+        down=Slab(64, expert.mlp_dim // 8, _DOWN_BYTES),
+        queries=queries,
+        ranges=_RANGES,
+        keys=-(-(new_rows - (-max_prefix // _RANGES)) // 16) * 16,
     )
+    beside = _PROCESSOR_BYTES - _DECLARED_BYTES - plan.attend_bytes(expert.head_dim)
+    return replace(plan, qkv=replace(plan.qkv, least_bytes=min(_QKV_BYTES, beside)))
 
 
 def hopper_misfit(
@@ -134,6 +143,7 @@ def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int
         'UP_TILES': plan.gate_up.features // _TILE,
         'DOWN_TILES': plan.down.features // _TILE,
         'DOWN_DEPTH': plan.down.depth,
+        'QUERY_BLOCK': plan.queries,
         'RANGES': plan.ranges,
         'KEYS': plan.keys,
     }

@@ -83,6 +83,11 @@ class CudaKernel:
             driver.cuFuncSetAttribute(self._function, attribute, shared_bytes),
             f'{name}: {shared_bytes} bytes of shared memory',
         )
+        if cluster > 8:
+            larger = (
+                driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            )
+            _checked(driver.cuFuncSetAttribute(self._function, larger, 1), name)
         # All kernels of a chain want the same split of L1 and shared memory: a multiprocessor
         # changes it only when it is empty, so kernels could not overlap.
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT

@@ -1,7 +1,8 @@
 // Runs the blocks of a CUDA kernel on the CPU: every thread is a fiber.
 //
 // A thread runs until it waits for others, so a missing barrier shows as a wrong result: shared
-// memory begins as NaN, warps run in an order that is drawn anew in every turn, and some are late.
+// memory begins as NaN, warps run in an order that is drawn anew in every turn, some are late, and
+// at times a warp or a whole block rests until all others wait for it.
 // The blocks of a cluster run at the same time, other blocks one by one.
 #ifndef BLOCKS_ON_CPU_H
 #define BLOCKS_ON_CPU_H
@@ -59,7 +60,7 @@ struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
   unsigned char memory[kSharedBytes];   // the dynamic shared memory
   std::vector<unsigned char> statics;   // __shared__ variables while another block has its turn
-  int rank, index, size, running, late;
+  int rank, index, size, running;
   Group barriers[16], warps[kMaxThreads / 32];  // barrier 0 is __syncthreads
   Exchange exchanges[kMaxThreads / 32][2];
   u64 quiet_since[kMaxThreads / 32];
@@ -189,7 +190,6 @@ static int find_statics(dl_phdr_info* library, size_t, void*) {
 static void begin_block(int rank, int index, int threads) {
   Block& b = blocks[rank];
   b.rank = rank, b.index = index, b.size = b.running = threads;
-  b.late = cluster_size > 1 ? draw(16) : 0;
   b.statics.resize(statics_bytes);
   take_turn(b);
   spoil();
@@ -242,12 +242,22 @@ static void deliver_copies() {
   }
 }
 
+struct Resting {  // warps of the cluster, in order of their blocks
+  int first = 0, count = 0;
+  bool has(int warp) const { return warp >= first && warp < first + count; }
+};
+static Resting drawn_rest(int warps) {
+  int block = draw(cluster_size);
+  if (draw(2)) return {block * warps, warps};
+  return {block * warps + (int)draw(warps), 1};
+}
+
 // Whether no thread has done anything since each of them was asked.
-static bool hang(int warps) {
+static bool hang(int warps, Resting resting) {
   if (!copies.empty()) return false;
   for (int i = 0; i < cluster_size * warps; i++) {
     const Block& b = blocks[i / warps];
-    if (b.running > 0 && b.quiet_since[i % warps] != moves) return false;
+    if (b.running > 0 && !resting.has(i) && b.quiet_since[i % warps] != moves) return false;
   }
   return true;
 }
@@ -273,19 +283,19 @@ static void run_cluster(int first, int threads) {
       if (blocks[rank].running > 0) return true;
     return false;
   };
+  Resting resting;
   while (running()) {
     deliver_copies();
-    for (int rank = 0; cluster_size > 1 && rank < cluster_size; rank++) {
-      int& late = blocks[rank].late;
-      late = late > 0 ? late - 1 : draw(8) == 0 ? draw(12) : 0;
-    }
+    if (resting.count == 0 && draw(4) == 0) resting = drawn_rest(warps);
     for (int i : drawn_order(cluster_size * warps)) {
       Block& b = blocks[i / warps];
-      if (draw(3) == 0 || b.late > 0 || b.running == 0) continue;
+      if (draw(3) == 0 || resting.has(i) || b.running == 0) continue;
       run_warp(b, i % warps);
       if (!failure.empty()) return;
     }
-    if (running() && hang(warps)) return fail_for_hanging();
+    if (!running() || !hang(warps, resting)) continue;
+    if (resting.count == 0) return fail_for_hanging();
+    resting = {};
   }
 }
 
@@ -360,6 +370,7 @@ static inline void cluster_arrive() {
   cpu::end_cluster_phase();
   cpu::moves++;
 }
+static inline void cluster_arrive_relaxed() { cluster_arrive(); }
 static inline void cluster_wait() {
   if (!cpu::thread->at_cluster_barrier) cpu::fail("cluster_wait without cluster_arrive");
   while (cpu::counts_at_cluster_barrier()) cpu::yield("cluster_wait");

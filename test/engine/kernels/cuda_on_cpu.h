@@ -117,15 +117,33 @@ static inline void barrier_init(u64* barrier) { cpu::init(barrier, 1); }
 static inline void barrier_init_done() {}
 static inline void barrier_expect(u64* barrier, u32 bytes) { cpu::count(barrier, 1, bytes); }
 static inline void barrier_wait(u64* barrier) { cpu::wait(barrier, 0); }
+static inline void barrier_wait_cluster(u64* barrier) { barrier_wait(barrier); }
+struct ClusterAddress {
+  char* there;
+  u32 rank;
+  ClusterAddress operator+(u32 bytes) const { return {there + bytes, rank}; }
+};
+static inline ClusterAddress address_in_block(void* variable, u32 rank) {
+  return {(char*)cpu::named_in(variable, rank), rank};
+}
+static inline void send(ClusterAddress variable, ClusterAddress barrier, float4 v) {
+  if ((u64)variable.there % 16) cpu::fail("send is not aligned");
+  cpu::begin_copy(variable.rank, [=] {
+    memcpy(variable.there, &v, 16);
+    cpu::count((u64*)barrier.there, 0, -16);
+  });
+}
+static inline void settle(const void*) {}
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");
   memset(target, 0xff, 16);
   cpu::begin_task(cpu::thread->copies, [=] { memcpy(target, source, 16); });
 }
-static inline void wait_copies() {
-  cpu::thread->copies.groups++;
-  cpu::end_tasks(cpu::thread->copies, 0);
+static inline void end_copy_group() { cpu::thread->copies.groups++; }
+template <int kCount>
+static inline void wait_copies_but() {
+  cpu::end_tasks(cpu::thread->copies, kCount);
 }
 static inline void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   if (((u64)target | (u64)source | bytes) % 16) cpu::fail("copy_bulk is not aligned");
@@ -171,9 +189,11 @@ static inline void load_matrices(u32 (&r)[4], const void* row) {
   }
   cpu::meet();  // the rows may be overwritten after this
 }
-static inline void load_matrix4(u32 (&r)[4], const void* row) { load_matrices<false>(r, row); }
-static inline void load_matrix4_transposed(u32 (&r)[4], const void* row) {
-  load_matrices<true>(r, row);
+static inline void load_matrix4(u32 (&r)[4], const void* row, int offset = 0) {
+  load_matrices<false>(r, (const char*)row + offset);
+}
+static inline void load_matrix4_transposed(u32 (&r)[4], const void* row, int offset = 0) {
+  load_matrices<true>(r, (const char*)row + offset);
 }
 
 #endif

@@ -23,8 +23,15 @@ _CONFIG = replace(_FULL, expert=_EXPERT, vlm=replace(_FULL.vlm, depth=1, num_hea
 _ACTIONS, _ROOM = _CONFIG.action_dim, 96
 _PLAN = HopperPlan(
     qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
-    ranges=3, keys=64,
+    queries=32, ranges=3, keys=64,
 )  # fmt: skip
+# Other sizes of the attention by horizon, some of them with ranges without a key.
+_PLANS = {
+    50: _PLAN,
+    33: replace(_PLAN, queries=48, ranges=1, keys=144),
+    10: replace(_PLAN, queries=16, ranges=8, keys=32),
+    1: replace(_PLAN, queries=16, ranges=5, keys=32),
+}
 
 
 class CpuKernels:
@@ -32,7 +39,7 @@ class CpuKernels:
 
     def __init__(self, horizon: int, folder: Path) -> None:
         self.horizon = horizon
-        sizes = defines(_PLAN, _CONFIG, horizon)
+        sizes = defines(_PLANS[horizon], _CONFIG, horizon)
         self._module = CpuModule(_SOURCE, sizes, folder / f'layer_{horizon}.so')
 
     def __call__(
@@ -48,12 +55,12 @@ class GpuKernels:
         from pi05_ros.engine.kernels.nvrtc import compile_module
 
         self.horizon = horizon
-        sizes = tuple(defines(_PLAN, _CONFIG, horizon).items())
+        sizes = tuple(defines(_PLANS[horizon], _CONFIG, horizon).items())
         self._module = compile_module(_SOURCE, sizes, torch.device('cuda'))
         self._shared_bytes = {
             name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
         } | {
-            'attend': _PLAN.attend_bytes(_EXPERT.head_dim),
+            'attend': _PLANS[horizon].attend_bytes(_EXPERT.head_dim),
             'step_end': 4 * _ACTIONS * _EXPERT.width,
         }
 
@@ -71,7 +78,7 @@ class GpuKernels:
                 mine.copy_(its)
 
 
-@pytest.fixture(scope='module', params=[50, 10, 33])
+@pytest.fixture(scope='module', params=_PLANS)
 def kernels(request, tmp_path_factory) -> CpuKernels | GpuKernels:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return GpuKernels(request.param)
@@ -160,14 +167,13 @@ def test_attention_sees_prefix_and_suffix(kernels, prefix):
     qkv, keys, values = _randn(4, h, 256), _randn(_ROOM, 256), _randn(_ROOM, 256)
     keys[prefix:], values[prefix:] = float('nan'), float('nan')
     n_prefix = torch.tensor([prefix], dtype=torch.int32)
-    rows = 2 * h
-    parts = torch.full((_PLAN.ranges, rows, 256), float('nan'), dtype=torch.bfloat16)
-    log_sums = torch.full((_PLAN.ranges, rows), float('nan'))
     attended = torch.full((h, 512), float('nan'), dtype=torch.bfloat16)
     scale = 256**-0.5 * math.log2(math.e)
-    blocks = hopper_layout.query_blocks(_EXPERT, h) * _PLAN.ranges
-    kernels('attend', blocks, qkv, keys, values, n_prefix, parts, log_sums, scale)
-    kernels('merge', -(-rows // 8), parts, log_sums, attended)
+    plan = _PLANS[h]
+    kernels(
+        'attend', plan.attend_blocks(_EXPERT, h), qkv, keys, values, n_prefix, attended, scale,
+        cluster=plan.ranges,
+    )  # fmt: skip
     expected = split_attention.attention_reference(qkv, keys[:prefix], values[:prefix])
     assert _cosine(attended, expected) > 0.9999
 
