@@ -76,11 +76,14 @@ class HopperChain:
         """Return the weights as the checkpoint has them, a copy."""
         return hopper_layout.unpack_weights(self._packed, self.plan, self.config.expert)
 
+    def defines(self) -> dict[str, int | str]:
+        """Return the macros that the kernels are compiled with."""
+        return hopper_layout.defines(self.plan, self.config, self.horizon)
+
     def _compile(self) -> dict[str, CudaKernel]:
-        plan, config, horizon = self.plan, self.config, self.horizon
-        expert, device = config.expert, self._noise.device
-        macros = tuple(hopper_layout.defines(plan, config, horizon).items())
-        module = compile_module(_SOURCE, macros, device)
+        plan, horizon = self.plan, self.horizon
+        expert, device = self.config.expert, self._noise.device
+        module = compile_module(_SOURCE, tuple(self.defines().items()), device)
         shapes: dict[str, tuple[int, ...]] = {
             'attend': (
                 plan.attend_blocks(expert, horizon), THREADS, plan.attend_bytes(expert.head_dim),
@@ -88,7 +91,7 @@ class HopperChain:
             ),
             'residual_attention': (horizon, expert.width // 4, 0),
             'residual_mlp': (horizon, expert.width // 4, 0),
-            'step_end': (horizon, expert.width // 2, 4 * config.action_dim * expert.width),
+            'step_end': (horizon, expert.width // 2, 4 * self.config.action_dim * expert.width),
         }  # fmt: skip
         for name in PRODUCTS:
             slab = getattr(plan, name)
