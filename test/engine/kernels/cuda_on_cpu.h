@@ -49,6 +49,13 @@ static inline float __shfl_xor_sync(u32, float v, int mask) {
   return __uint_as_float(e.words[lane ^ mask][0]);
 }
 
+static inline u32 __shfl_sync(u32, u32 v, int lane) {
+  cpu::Exchange& e = cpu::next_exchange();
+  e.words[threadIdx.x % 32][0] = v;
+  cpu::meet();
+  return e.words[lane][0];
+}
+
 static inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 static inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 static inline u32 rounded_bits(float f) {

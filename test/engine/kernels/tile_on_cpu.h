@@ -87,6 +87,24 @@ static void multiply(float* acc, int n, u64 a, u64 b) {
   }
 }
 
+// An operand with a row per K: its address, and how far the tiles beside each other are apart.
+constexpr int kApartShift = 48;  // addresses on this machine have 47 bits
+
+// This thread's part of acc (64 x n) += a (64 x 16) b (16 x n); a is in the registers of four lanes.
+static void multiply_rows(float* acc, int n, const u32* const (&a)[4], u64 b) {
+  u64 address = (b & ((1ull << kApartShift) - 1)) << 4, apart = b >> kApartShift << 4;
+  for (int i = 0; i < n / 4; i++) {
+    int column = i / 2 * 8 + thread_index.x % 4 * 2 + i % 2;
+    const char* tile = (const char*)address + column / kTileColumns * apart;
+    for (int k = 0; k < 16; k++) {
+      float of_b = low(*in_tile(tile, k, column % kTileColumns));
+      const u32* words = a[k % 8 / 2] + k / 8 * 2;
+      for (int half = 0; half < 2; half++)
+        acc[i / 2 * 4 + i % 2 + half * 2] += (k % 2 ? high : low)(words[half]) * of_b;
+    }
+  }
+}
+
 }  // namespace cpu
 
 static inline void barrier_init(u64* barrier, u32 arrivals) { cpu::init(barrier, arrivals); }
@@ -96,6 +114,7 @@ static inline void barrier_arrive(u64* barrier, u32 rank) {
 }
 static inline void barrier_wait(u64* barrier, u32 parity) { cpu::wait(barrier, parity); }
 
+static inline void fetch_map(const TensorMap*) {}
 static inline void load_tile(void* target, const TensorMap* map, int column, int row,
                              u64* barrier) {
   cpu::load(target, *map, column, row, barrier, cluster_rank());
@@ -120,6 +139,11 @@ static inline u64 tile_operand(const void* shared) {
   if (!cpu::is_dynamic(shared)) cpu::fail("a tile is not in dynamic shared memory");
   return (u64)shared >> 4;
 }
+static inline u64 rows_operand(const void* shared, u32 tile_bytes) {
+  u64 tile = tile_operand(shared);
+  if (tile_bytes % cpu::kTileAlign) cpu::fail("tiles are a multiple of 1024 bytes apart");
+  return tile | (u64)(tile_bytes >> 4) << cpu::kApartShift;
+}
 static inline void wgmma_begin() { cpu::thread->products.begun = true; }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
@@ -129,12 +153,29 @@ static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
   float* sums = acc;
   cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); });
 }
+template <int N>
+static inline void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
+  static_assert(N % 64 == 0 && N <= 256, "columns of whole tiles");
+  if (!cpu::thread->products.begun) cpu::fail("wgmma without wgmma_begin");
+  if ((b << 4) % cpu::kTileAlign) cpu::fail("wgmma begins at a multiple of 8 rows of a tile");
+  cpu::thread->products.count++;
+  cpu::Exchange& e = cpu::next_exchange();  // where the registers are: they are read later, too
+  int lane = threadIdx.x % 32, first = lane / 4 * 4;
+  e.rows[lane] = a;
+  cpu::meet();
+  float* sums = acc;
+  const u32* words[4];
+  for (int i = 0; i < 4; i++) words[i] = (const u32*)e.rows[first + i];
+  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply_rows(sums, N, words, b); });
+}
 static inline void wgmma_commit() { cpu::thread->products.groups++; }
 template <int kGroupsLeft>
 static inline void wgmma_wait() {
   cpu::end_tasks(cpu::thread->products, kGroupsLeft);
   cpu::meet();  // .sync: the whole warp has waited
 }
+template <int kGroupsLeft, int N>
+static inline void wgmma_wait(float (&)[N]) { wgmma_wait<kGroupsLeft>(); }
 
 template <int kRegisters>
 static inline void more_registers() {}
