@@ -48,14 +48,8 @@ struct Stages {
     if (++stage == STAGES) stage = 0, parity ^= 1;
     return taken;
   }
-  __device__ __forceinline__ int wait_full() {
-    barrier_wait(full + stage, parity);
-    return take();
-  }
-  __device__ __forceinline__ int wait_empty() {
-    barrier_wait(empty + stage, parity ^ 1);
-    return take();
-  }
+  __device__ __forceinline__ void wait_full() const { barrier_wait(full + stage, parity); }
+  __device__ __forceinline__ void wait_empty() const { barrier_wait(empty + stage, parity ^ 1); }
   // Says to all who bring a part of a stage that this warp has read it.
   __device__ __forceinline__ void give_back(int taken, int first_sharer) {
     int lane = threadIdx.x % 32;
@@ -90,7 +84,8 @@ struct Producer {
                 query0 + consumer * kQueries, full);
   }
   __device__ __forceinline__ void bring(const TensorMap* map, int tile) {
-    int stage = ring.wait_empty();
+    ring.wait_empty();
+    int stage = ring.take();
     u64* full = ring.full + stage;
     barrier_expect(full, kStageBytes);
     for (int i = 0; i < kColumnTiles; i++) {
@@ -331,30 +326,36 @@ __device__ __forceinline__ void consume(const Work& work, Stages ring, u64* full
   barrier_wait(full_queries + consumer, 0);
   int valid = work.count - work.tile0 * KEYS;  // keys from this tile on
   if (work.tiles > 0) {
-    int stage = ring.wait_full();
-    begin_scores(scores, queries, tile_operand(stage_memory(stage)));
+    ring.wait_full();
+    int of_keys = ring.take();
+    begin_scores(scores, queries, tile_operand(stage_memory(of_keys)));
     wgmma_wait<0>(scores);
-    ring.give_back(stage, first_sharer);
+    ring.give_back(of_keys, first_sharer);
     rows.weigh(scores, scale, valid);
     round_weights(weights, scores);
+    ring.wait_full();
   }
   for (int i = 1; i < work.tiles; i++) {
-    int of_keys = ring.wait_full();
+    int of_keys = ring.take();
     begin_scores(scores, queries, tile_operand(stage_memory(of_keys)));
+    ring.wait_full();
+    int of_values = ring.take();
+    keep_order(sums);  // scaled while the tensor cores are at work
     scale_rows(sums, rows.decay);
-    int of_values = ring.wait_full();
     begin_sums(sums, weights, rows_operand(stage_memory(of_values), kKeyTileBytes));
     wgmma_wait<1>(scores);
     ring.give_back(of_keys, first_sharer);
     rows.weigh(scores, scale, valid - i * KEYS);
+    keep_order(scores);  // weighed while the tensor cores are at work
+    ring.wait_full();
     wgmma_wait<0>(sums);
     ring.give_back(of_values, first_sharer);
     round_weights(weights, scores);
   }
   if (kFitsQueries) cluster_arrive();  // the queries are read
   if (work.tiles > 0) {
+    int of_values = ring.take();
     scale_rows(sums, rows.decay);
-    int of_values = ring.wait_full();
     begin_sums(sums, weights, rows_operand(stage_memory(of_values), kKeyTileBytes));
     rows.gather_totals();
     wgmma_wait<0>(sums);

@@ -87,13 +87,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The same, for products that are still pending while others' sums are used: the compiler may not
-// move what uses `acc` before the wait.
+// The compiler computes these registers before this point and uses them after it.
+template <int N>
+__device__ __forceinline__ void keep_order(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(v[i])::"memory");
+}
+// Wait for the products that `acc` sums up; what uses it is not moved before the wait.
 template <int kPending, int N>
 __device__ __forceinline__ void wgmma_wait(float (&acc)[N]) {
   wgmma_wait<kPending>();
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(acc[i])::"memory");
+  keep_order(acc);
 }
 
 // acc (64 x N, fp32) += a (64 x 16) b (N x 16)^T, by the four warps of a warpgroup.
