@@ -11,11 +11,14 @@ from torch import Tensor
 from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_prefill_attention.cu')
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ('hopper.cuh', 'hopper_tile.cuh'))
+_HEADER_NAMES = ('hopper.cuh', 'hopper_tile.cuh', 'hopper_prefill_sums.cuh')
+_HEADERS = tuple(_SOURCE.with_name(name) for name in _HEADER_NAMES)
 _DIM, _TILE_COLUMNS = 256, 64
-_TILE_QUERIES, _BLOCK_QUERIES = 64, 128
+_TILE_QUERIES, _WARPGROUPS = 64, 2
 _THREADS = 384
-_BLOCK_BYTES = 225 * 1024
+_BLOCK_BYTES = 227 * 1024
+_ALIGN_BYTES = 1024  # to begin at a multiple of them
+_BARRIER_BYTES = 256
 _LOG2_E = 1.4426950408889634  # exp2 is one instruction
 
 
@@ -25,42 +28,53 @@ class Cut:
 
     Args:
         keys: of a tile.
-        splits: blocks that have the same queries and share the keys among them.
+        block_splits: 2 if the warpgroups of a block have the same queries and divide the keys.
+        cluster_splits: blocks that have the same queries and divide the keys.
         sharers: blocks with other queries and the same keys, which they bring together.
+        sum_bytes: of a sum that goes to another block or warpgroup, 2 for bfloat16.
     """
 
     keys: int = 64
-    splits: int = 2
+    block_splits: int = 1
+    cluster_splits: int = 2
     sharers: int = 1
+    sum_bytes: int = 4
 
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.splits * self.sharers
+        return self.cluster_splits * self.sharers
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
-            'KEYS': self.keys, 'SPLITS': self.splits, 'SHARERS': self.sharers,
-            'STAGES': self._stages(),
+            'KEYS': self.keys, 'BLOCK_SPLITS': self.block_splits,
+            'CLUSTER_SPLITS': self.cluster_splits, 'SHARERS': self.sharers,
+            'SUM_BYTES': self.sum_bytes, 'STAGES': self._stages(),
         }  # fmt: skip
 
     def shared_bytes(self) -> int:
-        """Return the shared memory of a block: queries, ring, room to begin at 1024 bytes."""
-        return self._query_bytes() + self._stages() * self._stage_bytes() + 1024
+        """Return the dynamic shared memory of a block: its queries and its ring."""
+        return self._query_bytes() + self._stages() * self._stage_bytes() + _ALIGN_BYTES
 
     def blocks(self, rows: int) -> int:
         """Return the grid for so many packed query rows: whole clusters."""
-        return -(-rows // (_BLOCK_QUERIES * self.sharers)) * self.cluster
+        return -(-rows // (self._queries() * self.sharers)) * self.cluster
+
+    def _queries(self) -> int:
+        return _TILE_QUERIES * _WARPGROUPS // self.block_splits
 
     def _query_bytes(self) -> int:
-        return _BLOCK_QUERIES * _DIM * 2
+        return self._queries() * _DIM * 2
 
     def _stage_bytes(self) -> int:
         return self.keys * _DIM * 2
 
     def _stages(self) -> int:
-        return (_BLOCK_BYTES - self._query_bytes() - 1024) // self._stage_bytes()
+        peers = self.block_splits * self.cluster_splits
+        static = (peers - 1) * _WARPGROUPS * _TILE_QUERIES * 8 + _BARRIER_BYTES
+        room = _BLOCK_BYTES - static - self._query_bytes() - _ALIGN_BYTES
+        return room // self._stage_bytes()
 
 
 def prefill_attention_misfit(q: Tensor, keys: Tensor) -> str | None:
