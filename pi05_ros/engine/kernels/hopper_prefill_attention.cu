@@ -60,12 +60,17 @@ struct Ring {
 struct Work {
   int split, sharer, query0, tile0, tiles, rows, count;
 
-  __device__ __forceinline__ Work(int rank, int valid, int heads) {
+  __device__ __forceinline__ Work() {
+    int rank = kCluster > 1 ? cluster_rank() : 0;
     split = rank / SHARERS, sharer = rank % SHARERS;
     query0 = (blockIdx.x / kCluster * SHARERS + sharer) * kBlockQueries;
+  }
+  // Returns whether a block of this cluster has valid queries.
+  __device__ __forceinline__ bool divide(int valid, int heads) {
     int all = (valid + KEYS - 1) / KEYS;
     tile0 = all * split / CLUSTER_SPLITS, tiles = all * (split + 1) / CLUSTER_SPLITS - tile0;
     rows = valid * heads, count = valid;
+    return query0 - sharer * kBlockQueries < rows;
   }
   // A warpgroup's tiles, and its i-th one.
   __device__ __forceinline__ int tiles_of(int consumer) const {
@@ -110,8 +115,8 @@ struct Producer {
       }
     }
   }
+  // All but the first queries, which are on their way while the count comes.
   __device__ __forceinline__ void run(const Work& work) {
-    bring_queries(0, work.query0);
     for (int round = 0; round <= work.tiles_of(0); round++) {
       for (int consumer = 0; consumer < BLOCK_SPLITS; consumer++) {
         int own = work.tiles_of(consumer);
@@ -267,17 +272,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
   } else {
     __syncthreads();
   }
-  wait_for_previous();
-  Work work(kCluster > 1 ? cluster_rank() : 0, __ldcg(count), heads);
-  // All blocks of the cluster find the same.
-  if (blockIdx.x / kCluster * SHARERS * kBlockQueries >= work.rows) return;
+  Work work;
   Ring ring = {full, empty, 0, 0};
+  Producer producer = {&q, &keys, &values, full_queries, ring, work.split, work.sharer};
+  wait_for_previous();
+  if (threadIdx.x == 128 * kConsumers) producer.bring_queries(0, work.query0);
+  if (!work.divide(__ldcg(count), heads)) {
+    if (threadIdx.x == 128 * kConsumers) barrier_wait(full_queries, 0);
+    return;
+  }
   if (threadIdx.x >= 128 * kConsumers) {
     fewer_registers<40>();
-    if (threadIdx.x == 128 * kConsumers) {
-      Producer producer = {&q, &keys, &values, full_queries, ring, work.split, work.sharer};
-      producer.run(work);
-    }
+    if (threadIdx.x == 128 * kConsumers) producer.run(work);
     __syncwarp();
     if (kAcross) {  // it meets the others as often as the consumers do
       cluster_arrive(), cluster_wait();

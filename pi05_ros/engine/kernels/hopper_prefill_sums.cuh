@@ -1,5 +1,5 @@
-// Softmax of hopper_prefill_attention.cu, and how peers, which have the same queries and other keys,
-// add up their sums. Needs KEYS, BLOCK_SPLITS, CLUSTER_SPLITS, SHARERS and SUM_BYTES.
+// Softmax of hopper_prefill_attention.cu, and how peers add up their sums: they have the same
+// queries and other keys. Needs KEYS, BLOCK_SPLITS, CLUSTER_SPLITS, SHARERS and SUM_BYTES.
 #ifndef HOPPER_PREFILL_SUMS_CUH
 #define HOPPER_PREFILL_SUMS_CUH
 #include "hopper_tile.cuh"
