@@ -128,19 +128,36 @@ struct Producer {
   }
 };
 
-// scores (64 x KEYS) = queries keys^T, in the background.
-__device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], u64 queries, u64 keys) {
+// A warpgroup's 64 queries as an operand. The first HELD steps of 16 columns are in registers: with
+// both operands of narrow products in shared memory, that delivers hardly as fast as they multiply.
+struct Queries {
+  u64 operand;
+  u32 held[HELD > 0 ? HELD : 1][4];
+
+  __device__ __forceinline__ explicit Queries(const char* memory) : operand(tile_operand(memory)) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
-  for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.f;
-  wgmma_begin();
+    for (int step = 0; step < HELD; step++) {
+      int chunk = (step % 4 * 2 + lane / 16) ^ row % 8;
+      load_matrix4(held[step], memory + step / 4 * kQueryTileBytes + row * 128 + chunk * 16);
+    }
+  }
+  // scores (64 x KEYS) = queries keys^T, in the background.
+  __device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], u64 keys) const {
 #pragma unroll
-  for (int i = 0; i < kColumnTiles; i++)
+    for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.f;
+    wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-      wgmma<KEYS>(scores, queries + i * (kQueryTileBytes / 16) + k * 2,
-                  keys + i * (kKeyTileBytes / 16) + k * 2);
-  wgmma_commit();
-}
+    for (int step = 0; step < kDim / 16; step++) {
+      u64 of_keys = keys + step / 4 * (kKeyTileBytes / 16) + step % 4 * 2;
+      if (step < HELD)
+        wgmma<KEYS>(scores, held[step], of_keys);
+      else
+        wgmma<KEYS>(scores, operand + step / 4 * (kQueryTileBytes / 16) + step % 4 * 2, of_keys);
+    }
+    wgmma_commit();
+  }
+};
 
 // out (64 x 256) += weights values, in the background.
 __device__ __forceinline__ void begin_sums(float (&out)[kDim / 2],
@@ -163,7 +180,7 @@ struct Consumer {
     if (BLOCK_SPLITS == 2)
       ring.skip(consumer == 0 ? work.stages_of(1, round) : work.stages_of(0, round + 1));
   }
-  __device__ __forceinline__ void run(float (&sums)[kDim / 2], Rows& rows, u64 queries,
+  __device__ __forceinline__ void run(float (&sums)[kDim / 2], Rows& rows, const Queries& queries,
                                       float scale) {
     float scores[KEYS / 2];
     u32 weights[KEYS / 16][4];
@@ -172,7 +189,7 @@ struct Consumer {
       if (BLOCK_SPLITS == 2 && consumer == 1) ring.skip(work.stages_of(0, 0));
       ring.wait_full();
       int of_keys = ring.take();
-      begin_scores(scores, queries, tile_operand(stage_memory(of_keys)));
+      queries.begin_scores(scores, tile_operand(stage_memory(of_keys)));
       wgmma_wait<0>(scores);
       ring.give_back(of_keys, first_sharer);
       rows.weigh(scores, scale, valid);
@@ -182,7 +199,7 @@ struct Consumer {
     }
     for (int i = 1; i < tiles; i++) {
       int of_keys = ring.take();
-      begin_scores(scores, queries, tile_operand(stage_memory(of_keys)));
+      queries.begin_scores(scores, tile_operand(stage_memory(of_keys)));
       ring.wait_full();
       int of_values = ring.take();
       scale_rows(sums, rows.decay);
@@ -229,7 +246,7 @@ __device__ __forceinline__ void consume(const Work& work, const Ring& ring, u64*
   Rows rows;
   barrier_wait(full_queries + tile, 0);
   Consumer own = {work, ring, consumer, work.tiles_of(consumer), work.split * SHARERS};
-  own.run(sums, rows, tile_operand(query_memory(tile)), scale);
+  own.run(sums, rows, Queries(query_memory(tile)), scale);
   int peer = BLOCK_SPLITS == 2 ? consumer : work.split;
   Exchange exchange = {query_memory(0), stats, peer, work.sharer, consumer};
   meet_before_sending();
@@ -282,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     return;
   }
   if (threadIdx.x >= 128 * kConsumers) {
-    fewer_registers<40>();
+    fewer_registers<24>();
     if (threadIdx.x == 128 * kConsumers) producer.run(work);
     __syncwarp();
     if (kAcross) {  // it meets the others as often as the consumers do
@@ -290,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
       cluster_arrive(), cluster_wait();
     }
   } else {
-    more_registers<232>();
+    more_registers<240>();
     consume(work, ring, full_queries, stats, scale, out);
   }
   if (!kAcross && SHARERS > 1) {  // nobody leaves while others copy into its shared memory

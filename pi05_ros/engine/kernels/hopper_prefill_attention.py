@@ -32,6 +32,8 @@ class Cut:
         cluster_splits: blocks that have the same queries and divide the keys.
         sharers: blocks with other queries and the same keys, which they bring together.
         sum_bytes: of a sum that goes to another block or warpgroup, 2 for bfloat16.
+        held: steps of 16 columns of the queries that stay in registers; there is room for 8, 6
+            and 2 with 64, 80 and 96 keys.
     """
 
     keys: int = 64
@@ -39,6 +41,7 @@ class Cut:
     cluster_splits: int = 2
     sharers: int = 1
     sum_bytes: int = 4
+    held: int = 8
 
     @property
     def cluster(self) -> int:
@@ -50,7 +53,7 @@ class Cut:
         return {
             'KEYS': self.keys, 'BLOCK_SPLITS': self.block_splits,
             'CLUSTER_SPLITS': self.cluster_splits, 'SHARERS': self.sharers,
-            'SUM_BYTES': self.sum_bytes, 'STAGES': self._stages(),
+            'SUM_BYTES': self.sum_bytes, 'HELD': self.held, 'STAGES': self._stages(),
         }  # fmt: skip
 
     def shared_bytes(self) -> int:

@@ -104,8 +104,11 @@ __device__ __forceinline__ void wgmma_wait(float (&acc)[N]) {
 template <int N>
 __device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
 
-// acc (64 x N, fp32) += a (64 x 16) b (16 x N), with a in registers: a row and column of a lie where
-// acc has them, in pairs, of 16 columns of acc.
+// The same with a in registers, as load_matrix4 brings it: its rows and columns lie where acc has
+// those of 16 columns, in pairs.
+template <int N>
+__device__ __forceinline__ void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
+// And acc += a b, where b (16 x N) has a row per K (rows_operand).
 template <int N>
 __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
 
@@ -154,14 +157,20 @@ WGMMA(160, 80, 80, 81)
 WGMMA(192, 96, 96, 97)
 WGMMA(256, 128, 128, 129)
 
-template <>
-__device__ __forceinline__ void wgmma_rows<256>(float (&acc)[128], const u32 (&a)[4], u64 b) {
-  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NAMES_128 "}, "
-               "{%128, %129, %130, %131}, %132, add, 1, 1, 1;\n}"
-               : SUMS_128
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#define WGMMA_REGISTERS(NAME, N, SUMS, A0, A1, A2, A3, B, TRANSPOSED)                      \
+  template <>                                                                               \
+  __device__ __forceinline__ void NAME<N>(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {  \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "                 \
+                 "{" NAMES_##SUMS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B       \
+                 ", add, 1, 1, " #TRANSPOSED ";\n}"                                         \
+                 : SUMS_##SUMS                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
+  }
+WGMMA_REGISTERS(wgmma, 64, 32, 32, 33, 34, 35, 36, 0)
+WGMMA_REGISTERS(wgmma, 80, 40, 40, 41, 42, 43, 44, 0)
+WGMMA_REGISTERS(wgmma, 96, 48, 48, 49, 50, 51, 52, 0)
+WGMMA_REGISTERS(wgmma_rows, 256, 128, 128, 129, 130, 131, 132, 1)
 
 // Registers move from the warpgroup that copies to those that multiply.
 template <int kRegisters>

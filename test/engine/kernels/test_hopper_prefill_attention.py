@@ -42,12 +42,12 @@ def _error(out: torch.Tensor, q, keys, values, count: torch.Tensor) -> float:
 
 _CUTS = [
     Cut(),
-    Cut(keys=80, sum_bytes=2),
-    Cut(keys=96, cluster_splits=1),
-    Cut(sharers=2),
+    Cut(keys=80, sum_bytes=2, held=6),
+    Cut(keys=96, cluster_splits=1, held=2),
+    Cut(sharers=2, held=0),
     Cut(cluster_splits=3),
     Cut(block_splits=2, cluster_splits=1),
-    Cut(keys=96, block_splits=2, cluster_splits=1, sharers=2),
+    Cut(keys=96, block_splits=2, cluster_splits=1, sharers=2, held=2),
 ]
 
 

@@ -87,22 +87,39 @@ static void multiply(float* acc, int n, u64 a, u64 b) {
   }
 }
 
+// This thread's part of acc (64 x n) += a (64 x 16) b, with a in the registers of four lanes.
+template <class OfB>
+static void multiply_registers(float* acc, int n, const u32* const (&a)[4], OfB of_b) {
+  for (int i = 0; i < n / 4; i++) {
+    int column = i / 2 * 8 + thread_index.x % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const u32* words = a[k % 8 / 2] + k / 8 * 2;
+      for (int half = 0; half < 2; half++)
+        acc[i / 2 * 4 + i % 2 + half * 2] += (k % 2 ? high : low)(words[half]) * of_b(column, k);
+    }
+  }
+}
+
+// Registers are read some time until wgmma_wait, so this exchanges where they are.
+template <class OfB>
+static void begin_registers(float* acc, int n, const u32 (&a)[4], OfB of_b) {
+  if (!thread->products.begun) fail("wgmma without wgmma_begin");
+  thread->products.count++;
+  Exchange& e = next_exchange();
+  int lane = thread_index.x % 32;
+  e.rows[lane] = a;
+  meet();
+  const u32* words[4];
+  for (int i = 0; i < 4; i++) words[i] = (const u32*)e.rows[lane / 4 * 4 + i];
+  begin_task(thread->products, [=] { multiply_registers(acc, n, words, of_b); });
+}
+
 // An operand with a row per K: its address, and how far the tiles beside each other are apart.
 constexpr int kApartShift = 48;  // addresses on this machine have 47 bits
 
-// This thread's part of acc (64 x n) += a (64 x 16) b (16 x n); a is in the registers of four lanes.
-static void multiply_rows(float* acc, int n, const u32* const (&a)[4], u64 b) {
-  u64 address = (b & ((1ull << kApartShift) - 1)) << 4, apart = b >> kApartShift << 4;
-  for (int i = 0; i < n / 4; i++) {
-    int column = i / 2 * 8 + thread_index.x % 4 * 2 + i % 2;
-    const char* tile = (const char*)address + column / kTileColumns * apart;
-    for (int k = 0; k < 16; k++) {
-      float of_b = low(*in_tile(tile, k, column % kTileColumns));
-      const u32* words = a[k % 8 / 2] + k / 8 * 2;
-      for (int half = 0; half < 2; half++)
-        acc[i / 2 * 4 + i % 2 + half * 2] += (k % 2 ? high : low)(words[half]) * of_b;
-    }
-  }
+static bf16* in_rows(u64 operand, int row, int column) {
+  u64 address = (operand & ((1ull << kApartShift) - 1)) << 4, apart = operand >> kApartShift << 4;
+  return in_tile((const char*)address + column / kTileColumns * apart, row, column % kTileColumns);
 }
 
 }  // namespace cpu
@@ -154,19 +171,20 @@ static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
   cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); });
 }
 template <int N>
+static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
+  const void* tile = cpu::operand_tile(b);
+  int first = (b << 4) % cpu::kTileAlign / 2;
+  cpu::begin_registers(acc, N, a, [=](int column, int k) {
+    return low(*cpu::in_tile(tile, column, first + k));
+  });
+}
+template <int N>
 static inline void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
   static_assert(N % 64 == 0 && N <= 256, "columns of whole tiles");
-  if (!cpu::thread->products.begun) cpu::fail("wgmma without wgmma_begin");
   if ((b << 4) % cpu::kTileAlign) cpu::fail("wgmma begins at a multiple of 8 rows of a tile");
-  cpu::thread->products.count++;
-  cpu::Exchange& e = cpu::next_exchange();  // where the registers are: they are read later, too
-  int lane = threadIdx.x % 32, first = lane / 4 * 4;
-  e.rows[lane] = a;
-  cpu::meet();
-  float* sums = acc;
-  const u32* words[4];
-  for (int i = 0; i < 4; i++) words[i] = (const u32*)e.rows[first + i];
-  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply_rows(sums, N, words, b); });
+  cpu::begin_registers(acc, N, a, [=](int column, int k) {
+    return low(*cpu::in_rows(b, k, column));
+  });
 }
 static inline void wgmma_commit() { cpu::thread->products.groups++; }
 template <int kGroupsLeft>
