@@ -148,7 +148,8 @@ struct Queries {
     for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.f;
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kDim / 16; step++) {
+    for (int i = 0; i < kDim / 16; i++) {
+      int step = (i + HELD) % (kDim / 16);  // held ones last: the first need not add to zeros then
       u64 of_keys = keys + step / 4 * (kKeyTileBytes / 16) + step % 4 * 2;
       if (step < HELD)
         wgmma<KEYS>(scores, held[step], of_keys);
