@@ -226,19 +226,20 @@ struct Consumer {
   }
 };
 
-// Peers send where nobody reads any more; what they have sent is there.
-__device__ __forceinline__ void meet_before_sending() {
+// Peers send where nobody reads any more.
+__device__ __forceinline__ void wait_before_sending() {
   if (kAcross && !kFitsQueries) cluster_arrive();
   if (kAcross) cluster_wait();
   if (BLOCK_SPLITS == 2) named_barrier(1, 128 * kConsumers);
 }
-__device__ __forceinline__ void meet_after_sending() {
-  if (kAcross) cluster_arrive(), cluster_wait();
+__device__ __forceinline__ void wait_for_peers(u64* arrived) {
+  if (kAcross) barrier_wait(arrived, 0);
   if (BLOCK_SPLITS == 2) named_barrier(1, 128 * kConsumers);
 }
 
 __device__ __forceinline__ void consume(const Work& work, const Ring& ring, u64* full_queries,
-                                        Stats (*stats)[kQueries], float scale, bf16* out) {
+                                        uint4 (*stats)[kRowPairs], u64* arrived, float scale,
+                                        bf16* out) {
   // The shuffle tells the compiler that a warp's threads agree.
   int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0), tile = consumer / BLOCK_SPLITS;
   float sums[kDim / 2];
@@ -249,10 +250,10 @@ __device__ __forceinline__ void consume(const Work& work, const Ring& ring, u64*
   Consumer own = {work, ring, consumer, work.tiles_of(consumer), work.split * SHARERS};
   own.run(sums, rows, Queries(query_memory(tile)), scale);
   int peer = BLOCK_SPLITS == 2 ? consumer : work.split;
-  Exchange exchange = {query_memory(0), stats, peer, work.sharer, consumer};
-  meet_before_sending();
+  Exchange exchange = {query_memory(0), stats, arrived + consumer, peer, work.sharer, consumer};
+  wait_before_sending();
   exchange.send(sums, rows);
-  meet_after_sending();
+  wait_for_peers(arrived + consumer);
   float factor[kPeers][2];
   exchange.factors(factor, rows, scale);
 #pragma unroll
@@ -272,9 +273,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     float scale,                               // of the scores, times log2(e)
     bf16* out,                                 // (positions * heads, 256)
     int heads) {
-  __shared__ u64 full[STAGES], empty[STAGES], full_queries[kQueryTiles];
-  __shared__ Stats stats[kParts > 0 ? kParts : 1][kQueries];
+  __shared__ u64 full[STAGES], empty[STAGES], full_queries[kQueryTiles], arrived[kConsumers];
+  __shared__ uint4 stats[kParts > 0 ? kParts : 1][kRowPairs];
   let_next_start();
+  Work work;
   if (threadIdx.x == 0) {
     fetch_map(&q), fetch_map(&keys), fetch_map(&values);
     for (int i = 0; i < STAGES; i++) {
@@ -282,6 +284,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
       barrier_init(empty + i, kQueryTiles * 4 * SHARERS);  // every consumer warp that reads it
     }
     for (int i = 0; i < kQueryTiles; i++) barrier_init(full_queries + i, 1);
+    for (int i = 0; kAcross && i < kConsumers; i++) {
+      barrier_init(arrived + i, 1);
+      barrier_expect(arrived + i, bytes_from_peers(work.split));
+    }
     barrier_init_done();
   }
   if (SHARERS > 1) {
@@ -290,7 +296,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
   } else {
     __syncthreads();
   }
-  Work work;
   Ring ring = {full, empty, 0, 0};
   Producer producer = {&q, &keys, &values, full_queries, ring, work.split, work.sharer};
   wait_for_previous();
@@ -303,13 +308,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     fewer_registers<24>();
     if (threadIdx.x == 128 * kConsumers) producer.run(work);
     __syncwarp();
-    if (kAcross) {  // it meets the others as often as the consumers do
-      cluster_arrive(), cluster_wait();
-      cluster_arrive(), cluster_wait();
-    }
+    if (kAcross) cluster_arrive(), cluster_wait();  // as the consumers do
   } else {
     more_registers<240>();
-    consume(work, ring, full_queries, stats, scale, out);
+    consume(work, ring, full_queries, stats, arrived, scale, out);
   }
   if (!kAcross && SHARERS > 1) {  // nobody leaves while others copy into its shared memory
     __syncwarp();

@@ -79,40 +79,44 @@ __device__ __forceinline__ constexpr int first_chunk(int peer) {
   return (peer * kChunks + kPeers - 1) / kPeers;
 }
 
-// This thread's sums of a chunk as they are sent: in float32 or rounded to bfloat16.
-__device__ __forceinline__ void put_chunk(uint4* target, const float* v) {
+// This thread's sums of a chunk as they are sent, 16 bytes at a time: in float32 or in bfloat16.
+__device__ __forceinline__ uint4 sent(const float* v, int piece) {
+  const float* w = v + piece * (16 / SUM_BYTES);
+  u32 words[4];
 #pragma unroll
-  for (int i = 0; i < SUM_BYTES; i++) {
-    const float* w = v + i * (16 / SUM_BYTES);
-    u32 words[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      words[j] = SUM_BYTES == 4 ? __float_as_uint(w[j]) : pack(w[2 * j], w[2 * j + 1]);
-    target[i * 128] = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  for (int i = 0; i < 4; i++)
+    words[i] = SUM_BYTES == 4 ? __float_as_uint(w[i]) : pack(w[2 * i], w[2 * i + 1]);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
-__device__ __forceinline__ void get_chunk(float (&v)[16], const uint4* source) {
+__device__ __forceinline__ void receive(float (&v)[16], const uint4* source) {
 #pragma unroll
-  for (int i = 0; i < SUM_BYTES; i++) {
-    uint4 got = source[i * 128];
+  for (int piece = 0; piece < SUM_BYTES; piece++) {
+    uint4 got = source[piece * 128];
     u32 words[4] = {got.x, got.y, got.z, got.w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
+    for (int i = 0; i < 4; i++) {
       if (SUM_BYTES == 4) {
-        v[i * 4 + j] = __uint_as_float(words[j]);
+        v[piece * 4 + i] = __uint_as_float(words[i]);
       } else {
-        v[i * 8 + j * 2] = low(words[j]), v[i * 8 + j * 2 + 1] = high(words[j]);
+        v[piece * 8 + i * 2] = low(words[i]), v[piece * 8 + i * 2 + 1] = high(words[i]);
       }
     }
   }
 }
 
-struct Stats { float most, total; };
+constexpr int kRowPairs = 32;  // of a warpgroup: the rows of a thread
+
+// What comes from the peers in other blocks, per warpgroup.
+__device__ __forceinline__ u32 bytes_from_peers(int split) {
+  int chunks = first_chunk(split + 1) - first_chunk(split);
+  return (kPeers - 1) * (chunks * 128 * 16 * SUM_BYTES + kRowPairs * 16);
+}
 
 // The same threads of peers have the same rows and columns.
 struct Exchange {
-  char* memory;              // kParts * kPartBytes, in each block
-  Stats (*stats)[kQueries];  // of each part
+  char* memory;               // kParts * kPartBytes, in each block
+  uint4 (*stats)[kRowPairs];  // of each part: the greatest score and the total of two rows
+  u64* arrived;               // counts what comes to this warpgroup from other blocks
   int peer, sharer, consumer;
 
   // Where a peer has what another one sends to it.
@@ -122,46 +126,58 @@ struct Exchange {
   __device__ __forceinline__ uint4* place(int part, int chunk) const {
     return (uint4*)(memory + part * kPartBytes) + chunk * SUM_BYTES * 128 + threadIdx.x % 128;
   }
+  static __device__ __forceinline__ int row_pair() { return threadIdx.x % 128 / 4; }
   static __device__ __forceinline__ int row() {
     return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
-  template <class T>
-  __device__ __forceinline__ T* of_peer(T* here, int to) const {
-    return kAcross ? in_block(here, to * SHARERS + sharer) : here;
+  __device__ __forceinline__ void put(uint4* there, uint4 v, int to) const {
+    if (kAcross)
+      store_async(there, v, arrived, to * SHARERS + sharer);
+    else
+      *there = v;
   }
   __device__ __forceinline__ void send(const float (&out)[kDim / 2], const Rows& rows) const {
 #pragma unroll
     for (int to = 0; to < kPeers; to++) {
       if (to == peer) continue;
       int part = part_of(to, peer);
+      if (threadIdx.x % 4 == 0)
+        put(stats[part] + row_pair(),
+            make_uint4(__float_as_uint(rows.most[0]), __float_as_uint(rows.total[0]),
+                       __float_as_uint(rows.most[1]), __float_as_uint(rows.total[1])),
+            to);
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; chunk++)
-        if (owner_of(chunk) == to)
-          put_chunk(of_peer(place(part, chunk - first_chunk(to)), to), out + chunk * 16);
-      if (threadIdx.x % 4 == 0) {
-        Stats* there = of_peer(stats[part] + row(), to);
-        there[0] = {rows.most[0], rows.total[0]}, there[8] = {rows.most[1], rows.total[1]};
+      for (int chunk = 0; chunk < kChunks; chunk++) {
+        if (owner_of(chunk) != to) continue;
+        uint4* there = place(part, chunk - first_chunk(to));
+#pragma unroll
+        for (int piece = 0; piece < SUM_BYTES; piece++)
+          put(there + piece * 128, sent(out + chunk * 16, piece), to);
       }
     }
   }
   // What each peer's sums are multiplied with.
   __device__ __forceinline__ void factors(float (&of)[kPeers][2], const Rows& rows,
                                           float scale) const {
+    float totals[kPeers][2];
+#pragma unroll
+    for (int from = 0; from < kPeers; from++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) of[from][r] = rows.most[r], totals[from][r] = rows.total[r];
+      if (from == peer) continue;
+      uint4 got = stats[part_of(peer, from)][row_pair()];
+      of[from][0] = __uint_as_float(got.x), totals[from][0] = __uint_as_float(got.y);
+      of[from][1] = __uint_as_float(got.z), totals[from][1] = __uint_as_float(got.w);
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float most = rows.most[r], total = 0.f, totals[kPeers];
+      float most = of[0][r], total = 0.f;
 #pragma unroll
-      for (int from = 0; from < kPeers; from++) {
-        of[from][r] = rows.most[r], totals[from] = rows.total[r];
-        if (from == peer) continue;
-        Stats other = stats[part_of(peer, from)][row() + r * 8];
-        of[from][r] = other.most, totals[from] = other.total;
-        most = fmaxf(most, other.most);
-      }
+      for (int from = 1; from < kPeers; from++) most = fmaxf(most, of[from][r]);
 #pragma unroll
       for (int from = 0; from < kPeers; from++) {
         of[from][r] = exp2_fast((of[from][r] - most) * scale);
-        total += of[from][r] * totals[from];
+        total += of[from][r] * totals[from][r];
       }
 #pragma unroll
       for (int from = 0; from < kPeers; from++) of[from][r] *= 1.f / total;
@@ -177,7 +193,7 @@ struct Exchange {
       float v[16];
 #pragma unroll
       for (int i = 0; i < 16; i++) v[i] = own[i];
-      if (from != peer) get_chunk(v, place(part_of(peer, from), chunk - first_chunk(peer)));
+      if (from != peer) receive(v, place(part_of(peer, from), chunk - first_chunk(peer)));
 #pragma unroll
       for (int i = 0; i < 16; i++) sums[i] += v[i] * factor[from][i / 2 % 2];
     }

@@ -65,6 +65,18 @@ __device__ __forceinline__ void load_tile(void* target, const TensorMap* map, in
       : "memory");
 }
 
+// Store 16 bytes into a block of the cluster, in the background. Its barrier counts the bytes.
+__device__ __forceinline__ void store_async(void* target, uint4 v, u64* barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there, its;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 its, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[there], {%3, %4, %5, %6}, [its];\n}" ::"r"(shared_address(target)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+
 // A tile as an operand of wgmma; 2 more is 16 further along K.
 __device__ __forceinline__ u64 tile_operand(const void* shared) {
   u64 address = (shared_address(shared) & 0x3ffff) >> 4;
