@@ -5,7 +5,8 @@
 // Either they have the same queries and every other tile of keys (BLOCK_SPLITS = 2); or each has
 // queries of its own, and blocks of a cluster divide the keys (CLUSTER_SPLITS): then half as many
 // bytes come into a multiprocessor, and sums cross the cluster at the end. SHARERS blocks that have
-// the same keys and other queries each bring a share of them, once from L2 into all.
+// the same keys and other queries each bring a share of them, once from L2 into all, and so do those
+// that have the same queries.
 //
 // While the tensor cores multiply weights and values of one tile of KEYS keys, the warpgroup turns
 // the next one's scores into weights, and the other warpgroup is at another point of the same.
@@ -92,18 +93,28 @@ struct Producer {
   Ring ring;
   int split, sharer;
 
+  // Blocks with the same queries each bring a share of the columns.
   __device__ __forceinline__ void bring_queries(int tile, int query0) {
     u64* full = full_queries + tile;
     barrier_expect(full, kQueryBytes);
-    for (int i = 0; i < kColumnTiles; i++)
-      load_tile(query_memory(tile) + i * kQueryTileBytes, q, i * 64, query0 + tile * kQueries,
-                full);
+    unsigned short blocks = 0;
+    for (int i = 0; i < CLUSTER_SPLITS; i++) blocks |= 1 << i * SHARERS;
+    blocks <<= sharer;
+#pragma unroll 1
+    for (int i = split; i < kColumnTiles; i += CLUSTER_SPLITS) {
+      char* target = query_memory(tile) + i * kQueryTileBytes;
+      if (CLUSTER_SPLITS == 1)
+        load_tile(target, q, i * 64, query0 + tile * kQueries, full);
+      else
+        load_tile(target, q, i * 64, query0 + tile * kQueries, full, blocks);
+    }
   }
   __device__ __forceinline__ void bring(const TensorMap* map, int tile) {
     ring.wait_empty();
     int stage = ring.take();
     u64* full = ring.full + stage;
     barrier_expect(full, kStageBytes);
+#pragma unroll 1
     for (int i = 0; i < kColumnTiles; i++) {
       char* target = stage_memory(stage) + i * kKeyTileBytes + sharer * kShare * 128;
       int row = tile * KEYS + sharer * kShare;
@@ -117,6 +128,7 @@ struct Producer {
   }
   // All but the first queries, which are on their way while the count comes.
   __device__ __forceinline__ void run(const Work& work) {
+#pragma unroll 1
     for (int round = 0; round <= work.tiles_of(0); round++) {
       for (int consumer = 0; consumer < BLOCK_SPLITS; consumer++) {
         int own = work.tiles_of(consumer);
@@ -290,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     }
     barrier_init_done();
   }
-  if (SHARERS > 1) {
+  if (kCluster > 1) {
     cluster_arrive();
     cluster_wait();
   } else {
