@@ -5,7 +5,7 @@
 // Either they have the same queries and every other tile of keys (BLOCK_SPLITS = 2); or each has
 // queries of its own, and blocks of a cluster divide the keys (CLUSTER_SPLITS): then half as many
 // bytes come into a multiprocessor, and sums cross the cluster at the end. SHARERS blocks that have
-// the same keys and other queries each bring a share of them, once from L2 into all, and so do those
+// the same keys and other queries each bring a share of them, once from L2 into all; so do blocks
 // that have the same queries.
 //
 // While the tensor cores multiply weights and values of one tile of KEYS keys, the warpgroup turns
@@ -59,7 +59,7 @@ struct Ring {
 };
 
 struct Work {
-  int split, sharer, query0, tile0, tiles, rows, count;
+  int split, sharer, query0, key0, key_end, tiles, rows;
 
   __device__ __forceinline__ Work() {
     int rank = kCluster > 1 ? cluster_rank() : 0;
@@ -68,17 +68,18 @@ struct Work {
   }
   // Returns whether a block of this cluster has valid queries.
   __device__ __forceinline__ bool divide(int valid, int heads) {
-    int all = (valid + KEYS - 1) / KEYS;
-    tile0 = all * split / CLUSTER_SPLITS, tiles = all * (split + 1) / CLUSTER_SPLITS - tile0;
-    rows = valid * heads, count = valid;
+    key0 = valid * split / CLUSTER_SPLITS / 16 * 16;
+    key_end = split + 1 < CLUSTER_SPLITS ? valid * (split + 1) / CLUSTER_SPLITS / 16 * 16 : valid;
+    tiles = (key_end - key0 + KEYS - 1) / KEYS;
+    rows = valid * heads;
     return query0 - sharer * kBlockQueries < rows;
   }
-  // A warpgroup's tiles, and its i-th one.
+  // A warpgroup's tiles of keys, and where its i-th one begins.
   __device__ __forceinline__ int tiles_of(int consumer) const {
     return BLOCK_SPLITS == 1 ? tiles : (tiles + 1 - consumer) / 2;
   }
-  __device__ __forceinline__ int tile(int consumer, int i) const {
-    return tile0 + (BLOCK_SPLITS == 1 ? i : 2 * i + consumer);
+  __device__ __forceinline__ int first_key(int consumer, int i) const {
+    return key0 + (BLOCK_SPLITS == 1 ? i : 2 * i + consumer) * KEYS;
   }
   // The stages that are a warpgroup's in a round.
   __device__ __forceinline__ int stages_of(int consumer, int round) const {
@@ -109,7 +110,7 @@ struct Producer {
         load_tile(target, q, i * 64, query0 + tile * kQueries, full, blocks);
     }
   }
-  __device__ __forceinline__ void bring(const TensorMap* map, int tile) {
+  __device__ __forceinline__ void bring(const TensorMap* map, int first_key) {
     ring.wait_empty();
     int stage = ring.take();
     u64* full = ring.full + stage;
@@ -117,7 +118,7 @@ struct Producer {
 #pragma unroll 1
     for (int i = 0; i < kColumnTiles; i++) {
       char* target = stage_memory(stage) + i * kKeyTileBytes + sharer * kShare * 128;
-      int row = tile * KEYS + sharer * kShare;
+      int row = first_key + sharer * kShare;
       if (SHARERS == 1) {
         load_tile(target, map, i * 64, row, full);
       } else {
@@ -132,8 +133,8 @@ struct Producer {
     for (int round = 0; round <= work.tiles_of(0); round++) {
       for (int consumer = 0; consumer < BLOCK_SPLITS; consumer++) {
         int own = work.tiles_of(consumer);
-        if (round < own) bring(keys, work.tile(consumer, round));
-        if (round > 0 && round <= own) bring(values, work.tile(consumer, round - 1));
+        if (round < own) bring(keys, work.first_key(consumer, round));
+        if (round > 0 && round <= own) bring(values, work.first_key(consumer, round - 1));
       }
       if (round == 0 && kQueryTiles == 2) bring_queries(1, work.query0);
     }
@@ -180,6 +181,18 @@ __device__ __forceinline__ void begin_sums(float (&out)[kDim / 2],
   for (int k = 0; k < KEYS / 16; k++) wgmma_rows<kDim>(out, weights[k], values + k * 128);
   wgmma_commit();
 }
+// The same for a last tile, where the weights are 0 from the key `valid` on.
+__device__ __forceinline__ void begin_last_sums(float (&out)[kDim / 2],
+                                                const u32 (&weights)[KEYS / 16][4], u64 values,
+                                                int valid) {
+#pragma unroll
+  for (int k = 0; k < KEYS / 16; k++) {
+    if (k * 16 >= valid) continue;
+    wgmma_begin();  // after a branch once more
+    wgmma_rows<kDim>(out, weights[k], values + k * 128);
+  }
+  wgmma_commit();
+}
 
 // A warpgroup's sums over its keys. Weights are computed while products are under way: keep_order
 // and the loop of a barrier's wait keep the compiler from moving that behind the wait for products.
@@ -197,7 +210,7 @@ struct Consumer {
                                       float scale) {
     float scores[KEYS / 2];
     u32 weights[KEYS / 16][4];
-    int valid = work.count - work.tile(consumer, 0) * KEYS;  // keys from this tile on
+    int valid = work.key_end - work.first_key(consumer, 0);  // keys from this tile on
     if (tiles > 0) {
       if (BLOCK_SPLITS == 2 && consumer == 1) ring.skip(work.stages_of(0, 0));
       ring.wait_full();
@@ -231,7 +244,8 @@ struct Consumer {
     if (tiles > 0) {
       int of_values = ring.take();
       scale_rows(sums, rows.decay);
-      begin_sums(sums, weights, rows_operand(stage_memory(of_values), kKeyTileBytes));
+      begin_last_sums(sums, weights, rows_operand(stage_memory(of_values), kKeyTileBytes),
+                      valid - (tiles - 1) * KEYS * BLOCK_SPLITS);
       rows.gather_totals();
       wgmma_wait<0>(sums);
     }
@@ -312,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
   Producer producer = {&q, &keys, &values, full_queries, ring, work.split, work.sharer};
   wait_for_previous();
   if (threadIdx.x == 128 * kConsumers) producer.bring_queries(0, work.query0);
+  __syncwarp();
   if (!work.divide(__ldcg(count), heads)) {
     if (threadIdx.x == 128 * kConsumers) barrier_wait(full_queries, 0);
     return;

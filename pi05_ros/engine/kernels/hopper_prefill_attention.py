@@ -102,6 +102,9 @@ class HopperPrefillAttention:
     ) -> None:
         """Do what :func:`~pi05_ros.engine.kernels.prefill_attention.prefill_attention` does.
 
+        Args:
+            scale: greater than 0.
+
         Raises:
             BackendError: the source does not compile here.
         """
