@@ -90,19 +90,22 @@ struct Work {
 
 struct Producer {
   const TensorMap *q, *keys, *values;
-  u64* full_queries;
   Ring ring;
+  u64* first;   // for the columns of the first queries and keys: products begin with the first ones
+  u64* second;  // for the other queries
   int split, sharer;
 
   // Blocks with the same queries each bring a share of the columns.
   __device__ __forceinline__ void bring_queries(int tile, int query0) {
-    u64* full = full_queries + tile;
-    barrier_expect(full, kQueryBytes);
+    if (tile > 0) barrier_expect(second, kQueryBytes);
     unsigned short blocks = 0;
     for (int i = 0; i < CLUSTER_SPLITS; i++) blocks |= 1 << i * SHARERS;
     blocks <<= sharer;
 #pragma unroll 1
-    for (int i = split; i < kColumnTiles; i += CLUSTER_SPLITS) {
+    for (int i = 0; i < kColumnTiles; i++) {
+      u64* full = tile > 0 ? second : first + i;
+      if (tile == 0) barrier_expect(full, kQueryTileBytes);
+      if (i % CLUSTER_SPLITS != split) continue;
       char* target = query_memory(tile) + i * kQueryTileBytes;
       if (CLUSTER_SPLITS == 1)
         load_tile(target, q, i * 64, query0 + tile * kQueries, full);
@@ -110,13 +113,17 @@ struct Producer {
         load_tile(target, q, i * 64, query0 + tile * kQueries, full, blocks);
     }
   }
-  __device__ __forceinline__ void bring(const TensorMap* map, int first_key) {
+  __device__ __forceinline__ void bring(const TensorMap* map, int first_key, bool by_columns) {
     ring.wait_empty();
     int stage = ring.take();
-    u64* full = ring.full + stage;
-    barrier_expect(full, kStageBytes);
+    if (by_columns)
+      barrier_arrive(ring.full + stage);
+    else
+      barrier_expect(ring.full + stage, kStageBytes);
 #pragma unroll 1
     for (int i = 0; i < kColumnTiles; i++) {
+      u64* full = by_columns ? first + i : ring.full + stage;
+      if (by_columns) barrier_expect(full, kKeyTileBytes);
       char* target = stage_memory(stage) + i * kKeyTileBytes + sharer * kShare * 128;
       int row = first_key + sharer * kShare;
       if (SHARERS == 1) {
@@ -127,27 +134,43 @@ struct Producer {
       }
     }
   }
+  __device__ __forceinline__ void bring_no_first_keys() {
+    for (int i = 0; i < kColumnTiles; i++) barrier_arrive(first + i);
+  }
   // All but the first queries, which are on their way while the count comes.
   __device__ __forceinline__ void run(const Work& work) {
+    if (work.tiles == 0) bring_no_first_keys();
 #pragma unroll 1
     for (int round = 0; round <= work.tiles_of(0); round++) {
+#pragma unroll 1
       for (int consumer = 0; consumer < BLOCK_SPLITS; consumer++) {
         int own = work.tiles_of(consumer);
-        if (round < own) bring(keys, work.first_key(consumer, round));
-        if (round > 0 && round <= own) bring(values, work.first_key(consumer, round - 1));
+        if (round < own) bring(keys, work.first_key(consumer, round), round + consumer == 0);
+        if (round > 0 && round <= own) bring(values, work.first_key(consumer, round - 1), false);
       }
       if (round == 0 && kQueryTiles == 2) bring_queries(1, work.query0);
     }
+  }
+  // Nothing may be on its way into the memory of a block that ends.
+  __device__ __forceinline__ void end_without_work() {
+    bring_no_first_keys();
+    for (int i = 0; i < kColumnTiles; i++) barrier_wait(first + i, 0);
   }
 };
 
 // A warpgroup's 64 queries as an operand. The first HELD steps of 16 columns are in registers: with
 // both operands of narrow products in shared memory, that delivers hardly as fast as they multiply.
 struct Queries {
-  u64 operand;
+  const char* memory;
   u32 held[HELD > 0 ? HELD : 1][4];
 
-  __device__ __forceinline__ explicit Queries(const char* memory) : operand(tile_operand(memory)) {
+  __device__ __forceinline__ u64 operand(int step) const {
+    return tile_operand(memory) + step / 4 * (kQueryTileBytes / 16) + step % 4 * 2;
+  }
+  static __device__ __forceinline__ u64 operand(u64 keys, int step) {
+    return keys + step / 4 * (kKeyTileBytes / 16) + step % 4 * 2;
+  }
+  __device__ __forceinline__ void hold() {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int step = 0; step < HELD; step++) {
@@ -155,7 +178,23 @@ struct Queries {
       load_matrix4(held[step], memory + step / 4 * kQueryTileBytes + row * 128 + chunk * 16);
     }
   }
-  // scores (64 x KEYS) = queries keys^T, in the background.
+  // scores (64 x KEYS) = queries keys^T, in the background; of columns as they come, in shared
+  // memory.
+  __device__ __forceinline__ void begin_first_scores(float (&scores)[KEYS / 2], u64 keys,
+                                                     u64* columns) const {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; i++) {
+      barrier_wait(columns + i, 0);
+      wgmma_begin();
+#pragma unroll
+      for (int step = i * 4; step < i * 4 + 4; step++)
+        wgmma<KEYS>(scores, operand(step), operand(keys, step));
+    }
+    wgmma_commit();
+  }
+  // The same where all is there.
   __device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], u64 keys) const {
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.f;
@@ -163,11 +202,10 @@ struct Queries {
 #pragma unroll
     for (int i = 0; i < kDim / 16; i++) {
       int step = (i + HELD) % (kDim / 16);  // held ones last: the first need not add to zeros then
-      u64 of_keys = keys + step / 4 * (kKeyTileBytes / 16) + step % 4 * 2;
       if (step < HELD)
-        wgmma<KEYS>(scores, held[step], of_keys);
+        wgmma<KEYS>(scores, held[step], operand(keys, step));
       else
-        wgmma<KEYS>(scores, operand + step / 4 * (kQueryTileBytes / 16) + step % 4 * 2, of_keys);
+        wgmma<KEYS>(scores, operand(step), operand(keys, step));
     }
     wgmma_commit();
   }
@@ -206,8 +244,8 @@ struct Consumer {
     if (BLOCK_SPLITS == 2)
       ring.skip(consumer == 0 ? work.stages_of(1, round) : work.stages_of(0, round + 1));
   }
-  __device__ __forceinline__ void run(float (&sums)[kDim / 2], Rows& rows, const Queries& queries,
-                                      float scale) {
+  __device__ __forceinline__ void run(float (&sums)[kDim / 2], Rows& rows, Queries queries,
+                                      u64* first, float scale) {
     float scores[KEYS / 2];
     u32 weights[KEYS / 16][4];
     int valid = work.key_end - work.first_key(consumer, 0);  // keys from this tile on
@@ -215,7 +253,8 @@ struct Consumer {
       if (BLOCK_SPLITS == 2 && consumer == 1) ring.skip(work.stages_of(0, 0));
       ring.wait_full();
       int of_keys = ring.take();
-      queries.begin_scores(scores, tile_operand(stage_memory(of_keys)));
+      queries.begin_first_scores(scores, tile_operand(stage_memory(of_keys)), first);
+      queries.hold();
       wgmma_wait<0>(scores);
       ring.give_back(of_keys, first_sharer);
       rows.weigh(scores, scale, valid);
@@ -263,7 +302,7 @@ __device__ __forceinline__ void wait_for_peers(u64* arrived) {
   if (BLOCK_SPLITS == 2) named_barrier(1, 128 * kConsumers);
 }
 
-__device__ __forceinline__ void consume(const Work& work, const Ring& ring, u64* full_queries,
+__device__ __forceinline__ void consume(const Work& work, const Producer& producer,
                                         uint4 (*stats)[kRowPairs], u64* arrived, float scale,
                                         bf16* out) {
   // The shuffle tells the compiler that a warp's threads agree.
@@ -272,9 +311,11 @@ __device__ __forceinline__ void consume(const Work& work, const Ring& ring, u64*
 #pragma unroll
   for (int i = 0; i < kDim / 2; i++) sums[i] = 0.f;
   Rows rows;
-  barrier_wait(full_queries + tile, 0);
-  Consumer own = {work, ring, consumer, work.tiles_of(consumer), work.split * SHARERS};
-  own.run(sums, rows, Queries(query_memory(tile)), scale);
+  if (tile > 0) barrier_wait(producer.second, 0);
+  if (work.tiles == 0)  // nothing else waits for the first queries
+    for (int i = 0; i < kColumnTiles; i++) barrier_wait(producer.first + i, 0);
+  Consumer own = {work, producer.ring, consumer, work.tiles_of(consumer), work.split * SHARERS};
+  own.run(sums, rows, {query_memory(tile)}, producer.first, scale);
   int peer = BLOCK_SPLITS == 2 ? consumer : work.split;
   Exchange exchange = {query_memory(0), stats, arrived + consumer, peer, work.sharer, consumer};
   wait_before_sending();
@@ -299,7 +340,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     float scale,                               // of the scores, times log2(e)
     bf16* out,                                 // (positions * heads, 256)
     int heads) {
-  __shared__ u64 full[STAGES], empty[STAGES], full_queries[kQueryTiles], arrived[kConsumers];
+  __shared__ u64 full[STAGES], empty[STAGES], first[kColumnTiles], second;
+  __shared__ u64 arrived[kConsumers];
   __shared__ uint4 stats[kParts > 0 ? kParts : 1][kRowPairs];
   let_next_start();
   Work work;
@@ -309,7 +351,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
       barrier_init(full + i, 1);
       barrier_init(empty + i, kQueryTiles * 4 * SHARERS);  // every consumer warp that reads it
     }
-    for (int i = 0; i < kQueryTiles; i++) barrier_init(full_queries + i, 1);
+    for (int i = 0; i < kColumnTiles; i++) barrier_init(first + i, 2);  // queries and keys
+    barrier_init(&second, 1);
     for (int i = 0; kAcross && i < kConsumers; i++) {
       barrier_init(arrived + i, 1);
       barrier_expect(arrived + i, bytes_from_peers(work.split));
@@ -323,12 +366,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     __syncthreads();
   }
   Ring ring = {full, empty, 0, 0};
-  Producer producer = {&q, &keys, &values, full_queries, ring, work.split, work.sharer};
+  Producer producer = {&q, &keys, &values, ring, first, &second, work.split, work.sharer};
   wait_for_previous();
   if (threadIdx.x == 128 * kConsumers) producer.bring_queries(0, work.query0);
   __syncwarp();
   if (!work.divide(__ldcg(count), heads)) {
-    if (threadIdx.x == 128 * kConsumers) barrier_wait(full_queries, 0);
+    if (threadIdx.x == 128 * kConsumers) producer.end_without_work();
     return;
   }
   if (threadIdx.x >= 128 * kConsumers) {
@@ -338,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
     if (kAcross) cluster_arrive(), cluster_wait();  // as the consumers do
   } else {
     more_registers<240>();
-    consume(work, ring, full_queries, stats, arrived, scale, out);
+    consume(work, producer, stats, arrived, scale, out);
   }
   if (!kAcross && SHARERS > 1) {  // nobody leaves while others copy into its shared memory
     __syncwarp();
