@@ -1,4 +1,5 @@
-// Tensor copies and warpgroup products of Hopper GPUs (sm_90a), for hopper_gemm.cu.
+// Tensor copies and warpgroup products of Hopper GPUs (sm_90a), for hopper_gemm.cu and
+// hopper_prefill_attention.cu.
 //
 // Tiles in shared memory have rows of 64 bfloat16 (128 bytes) and begin at multiples of 1024 bytes;
 // the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which keeps banks apart.
@@ -12,6 +13,10 @@ struct alignas(64) TensorMap { u64 opaque[16]; };  // CUtensorMap of the driver
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 // Arrive at the same barrier of a block of the cluster.
@@ -60,10 +65,28 @@ __device__ __forceinline__ void load_tile(void* target, const TensorMap* map, in
       : "memory");
 }
 
+// Store 16 bytes into a block of the cluster, in the background. Its barrier counts the bytes.
+__device__ __forceinline__ void store_async(void* target, uint4 v, u64* barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there, its;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 its, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[there], {%3, %4, %5, %6}, [its];\n}" ::"r"(shared_address(target)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+
 // A tile as an operand of wgmma; 2 more is 16 further along K.
 __device__ __forceinline__ u64 tile_operand(const void* shared) {
   u64 address = (shared_address(shared) & 0x3ffff) >> 4;
   return address | 1ull << 16 | 64ull << 32 | 1ull << 62;  // 1024 bytes per 8 rows, 128-byte swizzle
+}
+// Tiles beside each other as an operand with a row per K; 128 more is 16 rows further along K. The
+// tiles are tile_bytes apart.
+__device__ __forceinline__ u64 rows_operand(const void* shared, u32 tile_bytes) {
+  u64 address = (shared_address(shared) & 0x3ffff) >> 4;
+  return address | (u64)(tile_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -76,13 +99,35 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler computes these registers before this point and uses them after it.
+template <int N>
+__device__ __forceinline__ void keep_order(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(v[i])::"memory");
+}
+// Wait for the products that `acc` sums up; what uses it is not moved before the wait.
+template <int kPending, int N>
+__device__ __forceinline__ void wgmma_wait(float (&acc)[N]) {
+  wgmma_wait<kPending>();
+  keep_order(acc);
+}
+
 // acc (64 x N, fp32) += a (64 x 16) b (N x 16)^T, by the four warps of a warpgroup.
 template <int N>
 __device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
 
+// The same with a in registers, as load_matrix4 brings it: its rows and columns lie where acc has
+// those of 16 columns, in pairs.
+template <int N>
+__device__ __forceinline__ void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
+// And acc += a b, where b (16 x N) has a row per K (rows_operand).
+template <int N>
+__device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
+
 #define NAMES_32                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_40 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define NAMES_48                                                                            \
   NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NAMES_64                                                                            \
@@ -99,6 +144,7 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]),     \
       "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define SUMS_32 SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
+#define SUMS_40 SUMS_32, SUMS_8(32)
 #define SUMS_48 SUMS_32, SUMS_8(32), SUMS_8(40)
 #define SUMS_64 SUMS_48, SUMS_8(48), SUMS_8(56)
 #define SUMS_72 SUMS_64, SUMS_8(64)
@@ -115,12 +161,28 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
                  : "l"(a), "l"(b));                                                         \
   }
 WGMMA(64, 32, 32, 33)
+WGMMA(80, 40, 40, 41)
 WGMMA(96, 48, 48, 49)
 WGMMA(128, 64, 64, 65)
 WGMMA(144, 72, 72, 73)
 WGMMA(160, 80, 80, 81)
 WGMMA(192, 96, 96, 97)
 WGMMA(256, 128, 128, 129)
+
+#define WGMMA_REGISTERS(NAME, N, SUMS, A0, A1, A2, A3, B, TRANSPOSED)                      \
+  template <>                                                                               \
+  __device__ __forceinline__ void NAME<N>(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {  \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "                 \
+                 "{" NAMES_##SUMS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B       \
+                 ", add, 1, 1, " #TRANSPOSED ";\n}"                                         \
+                 : SUMS_##SUMS                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
+  }
+WGMMA_REGISTERS(wgmma, 64, 32, 32, 33, 34, 35, 36, 0)
+WGMMA_REGISTERS(wgmma, 80, 40, 40, 41, 42, 43, 44, 0)
+WGMMA_REGISTERS(wgmma, 96, 48, 48, 49, 50, 51, 52, 0)
+WGMMA_REGISTERS(wgmma_rows, 256, 128, 128, 129, 130, 131, 132, 1)
 
 // Registers move from the warpgroup that copies to those that multiply.
 template <int kRegisters>

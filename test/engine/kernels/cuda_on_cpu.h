@@ -55,13 +55,6 @@ static inline u32 __shfl_sync(u32, u32 v, int lane) {
   cpu::meet();
   return e.words[lane][0];
 }
-static inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
-  u64 bytes = (u64)high << 32 | low;
-  u32 result = 0;
-  for (int i = 0; i < 4; i++)
-    result |= (u32)(bytes >> (selector >> i * 4 & 7) * 8 & 0xff) << i * 8;
-  return result;
-}
 
 static inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 static inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }

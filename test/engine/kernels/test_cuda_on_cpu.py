@@ -132,6 +132,34 @@ def test_what_a_gpu_leaves_undefined_is_said(tiles, mistake, message):
             _product(tiles, 384, mistake)
 
 
+def _product_of_registers(tiles: CpuModule, row_per_k: bool, early: bool) -> bool:
+    """Return whether a kernel's product of (64, 32) and (32, 128) is right."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-2, 3, s, generator=generator).bfloat16() for s in ((64, 32), (32, 128)))
+    matrix = b if row_per_k else b.T.contiguous()
+    product = torch.full((64, 128), float('nan'))
+    tiles.launch(
+        'product_of_registers', 1, 128, 1,
+        a, TensorMap(matrix, matrix.shape[0]), product, int(row_per_k), int(early),
+    )  # fmt: skip
+    return torch.equal(product, a.float() @ b.float())
+
+
+@pytest.mark.parametrize('row_per_k', [False, True])
+def test_registers_are_multiplied(tiles, row_per_k):
+    assert _product_of_registers(tiles, row_per_k, early=False)
+
+
+@pytest.mark.parametrize('row_per_k', [False, True])
+def test_overwriting_registers_before_the_wait_is_seen(tiles, row_per_k):
+    assert not _product_of_registers(tiles, row_per_k, early=True)
+
+
+def test_rows_begin_at_a_multiple_of_eight(tiles):
+    with pytest.raises(RuntimeError, match='begins at a multiple of 8 rows'):
+        tiles.launch('misplaced_rows', 1, 128, 1)
+
+
 def test_every_warp_of_a_group_multiplies(tiles):
     with pytest.raises(RuntimeError, match='wgmma without all four warps of a group'):
         tiles.launch('three_warps', 1, 128, 1)

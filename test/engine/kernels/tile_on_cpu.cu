@@ -116,6 +116,50 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
   cluster_wait();
 }
 
+// c (64 x 128) = a (64 x 32) b with a in registers. b has a row per K, or is there as its transpose;
+// `early` overwrites a while it may still be read.
+extern "C" __global__ void __launch_bounds__(128) product_of_registers(
+    const bf16* a, const __grid_constant__ TensorMap b, float* c, int row_per_k, int early) {
+  __shared__ u64 full;
+  unsigned char* tiles = (unsigned char*)(((u64)shared_memory + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    barrier_init(&full, 1);
+    barrier_init_done();
+    barrier_expect(&full, row_per_k ? 2 * 32 * 128 : 128 * 128);
+    load_tile(tiles, &b, 0, 0, &full);
+    if (row_per_k) load_tile(tiles + 32 * 128, &b, 64, 0, &full);
+  }
+  int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  u32 of_a[2][4];
+  for (int i = 0; i < 8; i++)
+    of_a[i / 4][i % 4] = *(const u32*)(a + (row + i % 2 * 8) * 32 + i / 2 * 8 + lane % 4 * 2);
+  __syncthreads();
+  barrier_wait(&full, 0);
+  float acc[64] = {};
+  wgmma_begin();
+  for (int k = 0; k < 2; k++)
+    if (row_per_k)
+      wgmma_rows<128>(acc, of_a[k], rows_operand(tiles, 32 * 128) + k * 128);
+    else
+      wgmma<128>(acc, of_a[k], tile_operand(tiles) + k * 2);
+  wgmma_commit();
+  if (early) of_a[0][0] = of_a[1][3] = 0x7fc07fc0;  // NaN
+  wgmma_wait<0>(acc);
+  for (int i = 0; i < 64; i++)
+    c[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = acc[i];
+}
+
+// The operand begins in the middle of eight rows.
+extern "C" __global__ void __launch_bounds__(128) misplaced_rows() {
+  float acc[32] = {};
+  u32 a[4] = {};
+  const void* tile = (const void*)(((u64)shared_memory + 1023) / 1024 * 1024);
+  wgmma_begin();
+  wgmma_rows<64>(acc, a, rows_operand(tile, 1024) + 32);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
 extern "C" __global__ void __launch_bounds__(128) three_warps() {
   float acc[4] = {};
   u64 tile = tile_operand((const void*)(((u64)shared_memory + 1023) / 1024 * 1024));

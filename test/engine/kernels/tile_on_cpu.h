@@ -87,6 +87,41 @@ static void multiply(float* acc, int n, u64 a, u64 b) {
   }
 }
 
+// This thread's part of acc (64 x n) += a (64 x 16) b, with a in the registers of four lanes.
+template <class OfB>
+static void multiply_registers(float* acc, int n, const u32* const (&a)[4], OfB of_b) {
+  for (int i = 0; i < n / 4; i++) {
+    int column = i / 2 * 8 + thread_index.x % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const u32* words = a[k % 8 / 2] + k / 8 * 2;
+      for (int half = 0; half < 2; half++)
+        acc[i / 2 * 4 + i % 2 + half * 2] += (k % 2 ? high : low)(words[half]) * of_b(column, k);
+    }
+  }
+}
+
+// Registers are read some time until wgmma_wait, so this exchanges where they are.
+template <class OfB>
+static void begin_registers(float* acc, int n, const u32 (&a)[4], OfB of_b) {
+  if (!thread->products.begun) fail("wgmma without wgmma_begin");
+  thread->products.count++;
+  Exchange& e = next_exchange();
+  int lane = thread_index.x % 32;
+  e.rows[lane] = a;
+  meet();
+  const u32* words[4];
+  for (int i = 0; i < 4; i++) words[i] = (const u32*)e.rows[lane / 4 * 4 + i];
+  begin_task(thread->products, [=] { multiply_registers(acc, n, words, of_b); });
+}
+
+// An operand with a row per K: its address, and how far the tiles beside each other are apart.
+constexpr int kApartShift = 48;  // addresses on this machine have 47 bits
+
+static bf16* in_rows(u64 operand, int row, int column) {
+  u64 address = (operand & ((1ull << kApartShift) - 1)) << 4, apart = operand >> kApartShift << 4;
+  return in_tile((const char*)address + column / kTileColumns * apart, row, column % kTileColumns);
+}
+
 }  // namespace cpu
 
 static inline void barrier_init(u64* barrier, u32 arrivals) { cpu::init(barrier, arrivals); }
@@ -106,6 +141,16 @@ static inline void load_tile(void* target, const TensorMap* map, int column, int
   for (int rank = 0; rank < 16; rank++)
     if (blocks >> rank & 1) cpu::load(target, *map, column, row, barrier, rank);
 }
+static inline void store_async(void* target, uint4 v, u64* barrier, u32 rank) {
+  if ((u64)target % 16) cpu::fail("store_async is not aligned");
+  memset(cpu::reached_in(target, rank), 0xff, 16);  // who still reads sees it
+  uint4* there = (uint4*)cpu::named_in(target, rank);
+  u64* its = (u64*)cpu::named_in(barrier, rank);
+  cpu::begin_copy(rank, [=] {
+    *there = v;
+    cpu::count(its, 0, -16);
+  });
+}
 static inline void store_tile(const TensorMap* map, const void* source, int column, int row) {
   TensorMap copy = *map;
   cpu::checked_bytes(copy, source);
@@ -121,6 +166,11 @@ static inline u64 tile_operand(const void* shared) {
   if (!cpu::is_dynamic(shared)) cpu::fail("a tile is not in dynamic shared memory");
   return (u64)shared >> 4;
 }
+static inline u64 rows_operand(const void* shared, u32 tile_bytes) {
+  u64 tile = tile_operand(shared);
+  if (tile_bytes % cpu::kTileAlign) cpu::fail("tiles are a multiple of 1024 bytes apart");
+  return tile | (u64)(tile_bytes >> 4) << cpu::kApartShift;
+}
 static inline void wgmma_begin() { cpu::thread->products.begun = true; }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
@@ -130,12 +180,32 @@ static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
   float* sums = acc;
   cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); });
 }
+template <int N>
+static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
+  const void* tile = cpu::operand_tile(b);
+  int first = (b << 4) % cpu::kTileAlign / 2;
+  cpu::begin_registers(acc, N, a, [=](int column, int k) {
+    return low(*cpu::in_tile(tile, column, first + k));
+  });
+}
+template <int N>
+static inline void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
+  static_assert(N % 64 == 0 && N <= 256, "columns of whole tiles");
+  if ((b << 4) % cpu::kTileAlign) cpu::fail("wgmma begins at a multiple of 8 rows of a tile");
+  cpu::begin_registers(acc, N, a, [=](int column, int k) {
+    return low(*cpu::in_rows(b, k, column));
+  });
+}
 static inline void wgmma_commit() { cpu::thread->products.groups++; }
 template <int kGroupsLeft>
 static inline void wgmma_wait() {
   cpu::end_tasks(cpu::thread->products, kGroupsLeft);
   cpu::meet();  // .sync: the whole warp has waited
 }
+template <int N>
+static inline void keep_order(float (&)[N]) {}
+template <int kGroupsLeft, int N>
+static inline void wgmma_wait(float (&)[N]) { wgmma_wait<kGroupsLeft>(); }
 
 template <int kRegisters>
 static inline void more_registers() {}
