@@ -155,7 +155,7 @@ def _recorded(ops: FusedOps) -> Iterator[Recording]:
 
         return record
 
-    replaced = {name: recorder(name) for name in _KERNELS}
+    replaced = {name: recorder(name) for name in ops.tuned_kernels}
     vars(ops).update(replaced, linear=record_linear)
     try:
         yield recording

@@ -26,9 +26,11 @@ from .chips import chip_of
 from .denoise import DenoiseStage
 from .denoise_tuning import DenoiseTuning
 from .graphs import StageClock, StageGraph
+from .hopper_ops import HopperOps, hopper_ops_obstacle
+from .kernels.nvrtc import has_bindings
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps, Ops, PlainGpuOps
-from .pipeline import STAGES, BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
+from .pipeline import BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
 from .prefill import PrefillStage
 from .preprocess import InputBuffers, PreprocessStage
 from .trace import Trace
@@ -98,9 +100,9 @@ class CudaPipeline(Pipeline):
         """Return 'cuda', 'cuda-hopper' where the kernels for Hopper GPUs run, or 'cuda-plain'
         where plain PyTorch runs in the graphs (float32).
         """
-        prefix = 'cuda-plain' if self.precision == 'float32' else 'cuda'
+        vision = 'cuda-plain' if self.precision == 'float32' else 'cuda'
         denoise = self.denoise.chain.backend
-        return {stage: denoise if stage == 'denoise' else prefix for stage in STAGES}
+        return {'vision': vision, 'prefill': self._ops.backend, 'denoise': denoise}
 
     @torch.inference_mode()
     def infer(
@@ -279,7 +281,17 @@ class CudaPipeline(Pipeline):
             return PlainGpuOps()
         choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
         _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
-        return FusedOps(device, choices, self.config.vlm)
+        obstacle = hopper_ops_obstacle(self.config.vlm, device)
+        if obstacle is None and has_bindings():
+            return HopperOps(device, choices)
+        if obstacle is None:
+            _log.warning(
+                'the prefill runs the slower Triton kernels: cuda-bindings is missing; '
+                'pip install cuda-bindings'
+            )
+        else:
+            _log.info('the prefill runs the Triton kernels: %s', obstacle)
+        return FusedOps(device, choices)
 
     def _capture(self) -> None:
         """Capture every graph that a call can need, all sharing one memory pool."""

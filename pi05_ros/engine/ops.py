@@ -1,32 +1,20 @@
 """The operations that stages are written in, fused or plain.
 
 A stage says what happens; an :class:`Ops` says with what. :class:`FusedOps` are the kernels of
-this package (bfloat16 on a GPU); :class:`PlainOps` are their plain PyTorch twins, which run the
-very same stages in float32 and on a CPU. :class:`PlainGpuOps` are those under a graph.
+this package (bfloat16 on a GPU), with others for Hopper GPUs in :mod:`.hopper_ops`.
+:class:`PlainOps` are their plain PyTorch twins, which run the very same stages in float32 and on a
+CPU; :class:`PlainGpuOps` are those under a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from pi05_ros.model.config import GemmaConfig
-
-from .kernels import (
-    cublaslt,
-    gate_up,
-    hopper_gate_up,
-    norms,
-    prefill_attention,
-    prompt,
-    resize,
-    rope,
-)
+from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
-from .kernels.nvrtc import has_bindings
 from .tuning import TunedChoices
 
 Tensor = torch.Tensor
@@ -35,7 +23,8 @@ Tensor = torch.Tensor
 class Ops(Protocol):
     """Every operation writes into ``out`` and allocates nothing that outlives it."""
 
-    name: str
+    # What runs the prefill, in stage_backends.
+    backend: str
 
     def linear(
         self,
@@ -108,7 +97,7 @@ class Ops(Protocol):
 class PlainOps:
     """The plain twins."""
 
-    name = 'plain'
+    backend = 'plain'
 
     linear = staticmethod(cublaslt.linear_plain)
     resize_to_patches = staticmethod(resize.resize_to_patches_plain)
@@ -124,27 +113,28 @@ class PlainOps:
 class PlainGpuOps(PlainOps):
     """The plain twins where a graph is captured: the resize is integer arithmetic anyway."""
 
+    backend = 'cuda-plain'
+
     resize_to_patches = staticmethod(resize.resize_to_patches)
 
 
 class FusedOps:
     """The kernels, launched with the choices tuned for this GPU or with safe defaults."""
 
-    name = 'fused'
+    backend = 'cuda'
+    # What 'pi05-ros tune' finds block sizes for, see autotune.py.
+    tuned_kernels: tuple[str, ...] = ('vision_attention', 'prefill_attention')
 
     resize_to_patches = staticmethod(resize.resize_to_patches)
     layer_norm = staticmethod(norms.layer_norm)
     embed_prompt = staticmethod(prompt.embed_prompt)
-    rope_kv = staticmethod(rope.rope_kv)
+    interleave = staticmethod(gate_up.interleave)
 
-    def __init__(self, device: torch.device, choices: TunedChoices, vlm: GemmaConfig) -> None:
+    def __init__(self, device: torch.device, choices: TunedChoices) -> None:
         self.choices = choices
         self.gemm = cublaslt.CublasLt(device, choices)
         self.linear = self.gemm.linear
         self._shared_bytes = shared_memory_bytes(device)
-        self.gate_up: Callable[..., None] = gate_up.gate_up
-        self.interleave = gate_up.interleave
-        self._use_hopper_gate_up(vlm)
 
     def vision_attention(
         self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
@@ -171,11 +161,13 @@ class FusedOps:
         launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 
-    def _use_hopper_gate_up(self, vlm: GemmaConfig) -> None:
-        """Take the kernel for Hopper GPUs where it runs; it has an order of weights of its own."""
-        is_hopper = torch.cuda.get_device_capability(self.gemm.device)[0] == 9
-        if not is_hopper or not has_bindings():
-            return
-        if hopper_gate_up.gate_up_misfit(vlm.mlp_dim, vlm.width) is None:
-            self.gate_up = hopper_gate_up.HopperGateUp(self.gemm.device)
-            self.interleave = hopper_gate_up.interleave
+    def rope_kv(
+        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
+        keys: Tensor, values: Tensor,
+    ) -> None:  # fmt: skip
+        """Run the kernel, which has nothing to choose."""
+        rope.rope_kv(qkv, x, cos, sin, eps, q, keys, values)
+
+    def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
+        """Run the kernel with the block sizes that fit this GPU."""
+        gate_up.gate_up(x, weight, eps, scale, out)

@@ -69,13 +69,6 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The same shared variable in another block of the cluster.
-template <class T>
-__device__ __forceinline__ T* in_block(T* variable, u32 rank) {
-  T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(variable), "r"(rank));
-  return there;
-}
 
 // A barrier that counts the bytes of bulk copies into shared memory; used once per launch.
 __device__ __forceinline__ void barrier_init(u64* barrier) {

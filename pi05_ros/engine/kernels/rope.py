@@ -10,6 +10,7 @@ from pi05_ros.model.config import GemmaConfig
 from pi05_ros.model.gemma import rope_tables
 
 from .gate_up import row_scale, row_scale_plain
+from .launch import let_next_start
 
 
 @triton.jit
@@ -27,7 +28,9 @@ def _rope_kernel(
     HEADS_BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
+    EARLY_NEXT: tl.constexpr,
 ):
+    let_next_start(EARLY_NEXT)
     row = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = DIM // 2
     o_half = tl.arange(0, HALF)
@@ -70,6 +73,8 @@ def rope_kv(
     q: torch.Tensor | None,
     keys: torch.Tensor,
     values: torch.Tensor,
+    *,
+    early_next: bool = False,
 ) -> None:
     """Scale by 1 / rms(x), rotate q and k (half-split), write q, K and V.
 
@@ -79,6 +84,7 @@ def rope_kv(
         x: (M, W) residual. cos, sin: (>= M, D / 2); row i is position i.
         q: (M, heads * D), or None when qkv holds no queries.
         keys, values: (>= M, D).
+        early_next: the kernel behind may start at once; it waits for this one itself.
     """
     rows, dim = qkv.shape[0], keys.shape[-1]
     heads = qkv.shape[1] // dim - 2
@@ -96,6 +102,7 @@ def rope_kv(
         HEADS_BLOCK=triton.next_power_of_2(max(heads, 1)),
         DIM=dim,
         WIDTH_BLOCK=triton.next_power_of_2(x.shape[1]),
+        EARLY_NEXT=early_next,
         num_warps=4,
     )
 

@@ -11,11 +11,11 @@ from cuda_on_cpu import CpuModule, TensorMap
 
 from pi05_ros.engine.kernels import hopper_prefill_attention
 from pi05_ros.engine.kernels.hopper_prefill_attention import (
-    Cut,
     HopperPrefillAttention,
     prefill_attention_misfit,
 )
 from pi05_ros.engine.kernels.prefill_attention import prefill_attention_plain
+from pi05_ros.model.config import Pi05Config
 
 _LOG2_E = 1.4426950408889634
 _SCALE = 256**-0.5
@@ -40,35 +40,21 @@ def _error(out: torch.Tensor, q, keys, values, count: torch.Tensor) -> float:
     return float(difference.norm() / twin[:valid].float().norm())
 
 
-_CUTS = [
-    Cut(),
-    Cut(keys=80, sum_bytes=2, held=6),
-    Cut(keys=96, cluster_splits=1, held=2),
-    Cut(sharers=2, held=0),
-    Cut(cluster_splits=3),
-    Cut(block_splits=2, cluster_splits=1),
-    Cut(keys=96, block_splits=2, cluster_splits=1, sharers=2, held=2),
-]
-
-
-@pytest.fixture(scope='module', params=_CUTS, ids=str)
-def module(request, tmp_path_factory) -> tuple[Cut, CpuModule]:
+@pytest.fixture(scope='module')
+def module(tmp_path_factory) -> CpuModule:
     library = tmp_path_factory.mktemp('attention') / 'attention.so'
-    source = hopper_prefill_attention._SOURCE
-    return request.param, CpuModule(source, request.param.defines(), library)
+    return CpuModule(hopper_prefill_attention._SOURCE, {}, library)
 
 
-def _attend(module, q, keys, values, count: torch.Tensor) -> torch.Tensor:
+def _attend(module: CpuModule, q, keys, values, count: torch.Tensor) -> torch.Tensor:
     """Return what the kernel writes; rows that it leaves alone stay NaN."""
-    cut, kernels = module
     heads = q.shape[1] // 256
     rows = q.shape[0] * heads
     room = torch.full((q.shape[0] + 1, q.shape[1]), float('nan'), dtype=torch.bfloat16)
-    box = cut.keys // cut.sharers
-    kernels.launch(
-        'prefill_attention', cut.blocks(rows), 384, cut.cluster,
-        TensorMap(q.view(rows, 256), 64), TensorMap(keys, box), TensorMap(values, box),
-        count, _SCALE * _LOG2_E, room, heads,
+    matrices = (q.view(rows, 256), keys, values)
+    module.launch(
+        'prefill_attention', -(-rows // 64), 384, 1,
+        *(TensorMap(matrix, 64) for matrix in matrices), count, _SCALE * _LOG2_E, room, heads,
     )  # fmt: skip
     assert room[q.shape[0]].isnan().all()
     return room[:-1]
@@ -76,8 +62,8 @@ def _attend(module, q, keys, values, count: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ('positions', 'heads', 'count'),
-    [(100, 2, 100), (200, 2, 187), (300, 1, 290), (150, 2, 5), (40, 3, 1)],
-    ids=['full', 'padded', 'many-tiles', 'padded-tiles', 'one-key'],
+    [(100, 2, 100), (200, 2, 187), (400, 1, 390), (150, 2, 5), (40, 3, 1), (128, 1, 128)],
+    ids=['full', 'padded', 'many-tiles', 'padded-tiles', 'one-key', 'whole-tiles'],
 )
 def test_attention_matches_its_twin(module, positions, heads, count):
     q, keys, values = _draw(positions, heads)
@@ -114,27 +100,10 @@ def test_attention_matches_its_twin_at_full_size(positions, count):
     assert torch.equal(*results)
 
 
-def test_a_grid_is_whole_clusters():
-    assert Cut(cluster_splits=2).blocks(712 * 8) == 90
-    assert Cut(cluster_splits=2, sharers=2).blocks(712 * 8) == 92
-    assert Cut(block_splits=2, cluster_splits=1).blocks(712 * 8) == 89
-
-
-@pytest.mark.parametrize('cut', _CUTS, ids=str)
-def test_shared_memory_fits(cut):
-    assert cut.defines()['STAGES'] >= 2 * cut.block_splits
-    assert cut.shared_bytes() <= 226 * 1024
-
-
-@pytest.mark.parametrize(
-    ('dim', 'dtype', 'reason'),
-    [(128, torch.bfloat16, '256 columns, not 128'), (256, torch.float32, 'not in torch.float32')],
-)
-def test_what_the_kernel_cannot_take_is_said(dim, dtype, reason):
-    q, keys = torch.empty(4, 8 * dim, dtype=dtype), torch.empty(128, dim, dtype=dtype)
-    assert reason in prefill_attention_misfit(q, keys)
+@pytest.mark.parametrize(('head_dim', 'fits'), [(256, True), (128, False)])
+def test_only_heads_of_256_columns_fit(head_dim, fits):
+    assert (prefill_attention_misfit(head_dim) is None) == fits
 
 
 def test_the_released_model_fits():
-    q, keys, _ = _draw(16, 8)
-    assert prefill_attention_misfit(q, keys) is None
+    assert prefill_attention_misfit(Pi05Config.full().vlm.head_dim) is None

@@ -141,16 +141,6 @@ static inline void load_tile(void* target, const TensorMap* map, int column, int
   for (int rank = 0; rank < 16; rank++)
     if (blocks >> rank & 1) cpu::load(target, *map, column, row, barrier, rank);
 }
-static inline void store_async(void* target, uint4 v, u64* barrier, u32 rank) {
-  if ((u64)target % 16) cpu::fail("store_async is not aligned");
-  memset(cpu::reached_in(target, rank), 0xff, 16);  // who still reads sees it
-  uint4* there = (uint4*)cpu::named_in(target, rank);
-  u64* its = (u64*)cpu::named_in(barrier, rank);
-  cpu::begin_copy(rank, [=] {
-    *there = v;
-    cpu::count(its, 0, -16);
-  });
-}
 static inline void store_tile(const TensorMap* map, const void* source, int column, int row) {
   TensorMap copy = *map;
   cpu::checked_bytes(copy, source);

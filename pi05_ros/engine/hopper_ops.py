@@ -1,0 +1,56 @@
+"""The operations with kernels in CUDA C++ where Hopper GPUs have them: most of the prefill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi05_ros.model.config import GemmaConfig
+
+from .kernels import hopper_gate_up, rope
+from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
+from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
+from .ops import FusedOps
+from .tuning import TunedChoices
+
+
+def hopper_ops_obstacle(vlm: GemmaConfig, device: torch.device) -> str | None:
+    """Return why :class:`HopperOps` cannot run a language model, or None if they can."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f'{device} is no Hopper GPU'
+    return gate_up_misfit(vlm.mlp_dim, vlm.width) or prefill_attention_misfit(vlm.head_dim)
+
+
+class HopperOps(FusedOps):
+    """Gate and up, and the attention of the prefix, by Hopper's warpgroup instructions.
+
+    Raises:
+        BackendError: a kernel does not compile here.
+    """
+
+    backend = 'cuda-hopper'
+    tuned_kernels = ('vision_attention',)
+
+    interleave = staticmethod(hopper_gate_up.interleave)
+
+    def __init__(self, device: torch.device, choices: TunedChoices) -> None:
+        super().__init__(device, choices)
+        self._gate_up = HopperGateUp(device)
+        self._prefill_attention = HopperPrefillAttention(device)
+
+    def rope_kv(
+        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
+        keys: Tensor, values: Tensor,
+    ) -> None:  # fmt: skip
+        """Let the attention begin early."""
+        rope.rope_kv(qkv, x, cos, sin, eps, q, keys, values, early_next=True)
+
+    def prefill_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Run the kernel in CUDA C++."""
+        self._prefill_attention(q, keys, values, count, scale, out)
+
+    def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
+        """Run the kernel in CUDA C++."""
+        self._gate_up(x, weight, eps, scale, out)
