@@ -22,19 +22,17 @@ from pi05_ros.model.config import Pi05Config
 
 from . import denoise_tuner
 from .autotune import TunedKernel, tune
-from .chips import chip_of
 from .denoise import DenoiseStage
 from .denoise_tuning import DenoiseTuning
 from .graphs import StageClock, StageGraph
-from .hopper_ops import HopperOps, hopper_ops_obstacle
-from .kernels.nvrtc import has_bindings
+from .hopper_ops import choose_ops
 from .limits import check_device, check_limits, check_memory
-from .ops import FusedOps, Ops, PlainGpuOps
+from .ops import FusedOps
 from .pipeline import BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
 from .prefill import PrefillStage
 from .preprocess import InputBuffers, PreprocessStage
 from .trace import Trace
-from .tuning import TunedChoices, load_choices
+from .tuning import TunedChoices
 from .vision import VisionStage
 from .weights import State, pack_prefill, pack_vision
 
@@ -242,7 +240,7 @@ class CudaPipeline(Pipeline):
     def _build_stages(self, state: State, device: torch.device) -> None:
         config, shape = self.config, self.shape
         dtype = getattr(torch, self.precision)
-        self._ops = self._choose_ops(device)
+        self._ops = choose_ops(config.vlm, self.precision, device)
         num_views = len(shape.view_sizes_px)
         vision_weights = pack_vision(state, config, dtype, device)
         prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
@@ -275,23 +273,6 @@ class CudaPipeline(Pipeline):
         )
         self._host_actions = torch.empty(self.denoise.actions.shape, pin_memory=True)
         self._host_view = self._host_actions.numpy()
-
-    def _choose_ops(self, device: torch.device) -> Ops:
-        if self.precision == 'float32':
-            return PlainGpuOps()
-        choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
-        _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
-        obstacle = hopper_ops_obstacle(self.config.vlm, device)
-        if obstacle is None and has_bindings():
-            return HopperOps(device, choices)
-        if obstacle is None:
-            _log.warning(
-                'the prefill runs the slower Triton kernels: cuda-bindings is missing; '
-                'pip install cuda-bindings'
-            )
-        else:
-            _log.info('the prefill runs the Triton kernels: %s', obstacle)
-        return FusedOps(device, choices)
 
     def _capture(self) -> None:
         """Capture every graph that a call can need, all sharing one memory pool."""

@@ -1,17 +1,46 @@
-"""The operations with kernels in CUDA C++ where Hopper GPUs have them: most of the prefill."""
+"""The operations with kernels in CUDA C++ where Hopper GPUs have them, and the choice of ops."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
 
 from pi05_ros.model.config import GemmaConfig
 
+from .chips import chip_of
 from .kernels import hopper_gate_up, rope
 from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
-from .ops import FusedOps
-from .tuning import TunedChoices
+from .kernels.nvrtc import has_bindings
+from .ops import FusedOps, Ops, PlainGpuOps
+from .tuning import TunedChoices, load_choices
+
+_log = logging.getLogger(__name__)
+
+
+def choose_ops(vlm: GemmaConfig, precision: str, device: torch.device) -> Ops:
+    """Return what vision and prefill run on here, and say why.
+
+    Raises:
+        BackendError: a kernel does not compile here, or a stored choice cannot be read.
+    """
+    if precision == 'float32':
+        return PlainGpuOps()
+    choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
+    _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
+    obstacle = hopper_ops_obstacle(vlm, device)
+    if obstacle is None and has_bindings():
+        return HopperOps(device, choices)
+    if obstacle is None:
+        _log.warning(
+            'the prefill runs the slower Triton kernels: cuda-bindings is missing; '
+            'pip install cuda-bindings'
+        )
+    else:
+        _log.info('the prefill runs the Triton kernels: %s', obstacle)
+    return FusedOps(device, choices)
 
 
 def hopper_ops_obstacle(vlm: GemmaConfig, device: torch.device) -> str | None:
