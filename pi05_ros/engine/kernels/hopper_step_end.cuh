@@ -11,10 +11,12 @@ constexpr int kEndTurns = (kEndColumns + 127) / 128;   // of a warp, whose lanes
 constexpr int kQuadTurns = (ACTIONS / 4 + kWarps - 1) / kWarps;  // a warp takes 4 actions
 constexpr int kSharers = 32 / END_TOKENS;              // lanes that get the sums of one token
 constexpr int kEndGroups = kThreads / kEndColumns;     // of threads that have a column each
-constexpr int kEndShare = (END_TOKENS + kEndGroups - 1) / kEndGroups;  // tokens of a group
+constexpr int kEndShare = END_TOKENS / kEndGroups;     // tokens of a group
 static_assert(WIDTH % END_BLOCKS == 0 && kThreads % kEndColumns == 0 && kEndColumns % 32 == 0,
               "columns of a block");
-static_assert(END_TOKENS <= kWarps && 32 % END_TOKENS == 0 && ACTIONS % 4 == 0, "step_end tiling");
+static_assert(END_TOKENS <= kWarps && 32 % END_TOKENS == 0 && END_TOKENS % kEndGroups == 0,
+              "tokens of a cluster");
+static_assert(END_BLOCKS <= 32 && ACTIONS % 4 == 0, "one lane per block, 4 actions per warp");
 
 struct EndMemory {
   float parts[END_BLOCKS][END_TOKENS][ACTIONS];  // of the velocity, sent by the blocks
@@ -42,14 +44,19 @@ struct EndPart {
 // Contiguous floats to shared memory.
 template <int kCount>
 __device__ __forceinline__ void copy_floats(float (&target)[kCount], const float* source) {
-  for (int i = threadIdx.x * 4; i < kCount; i += kThreads * 4) copy_async(target + i, source + i);
+  static_assert(kCount <= kThreads * 4, "one turn");
+  int i = threadIdx.x * 4;
+  if (i < kCount) copy_async(target + i, source + i);
 }
 
 __device__ __forceinline__ void load_in_weights(EndMemory& memory, const float* w_in) {
   constexpr int kQuads = ACTIONS / 4;
 #pragma unroll
-  for (int i = threadIdx.x; i < kEndColumns * kQuads; i += kThreads)
+  for (int j = 0; j < kEndColumns * kQuads; j += kThreads) {
+    int i = j + threadIdx.x;
+    if (i >= kEndColumns * kQuads) break;
     copy_async(&memory.w_in[i / kQuads][i % kQuads * 4], w_in + (size_t)i * 4);
+  }
 }
 
 __device__ __forceinline__ void load_out_weights(OutWeights& weights, const float* w_out) {
@@ -66,21 +73,39 @@ __device__ __forceinline__ void load_out_weights(OutWeights& weights, const floa
       }
 }
 
-// What the step begins with: x_t, and the normed rows if they are wanted.
-__device__ __forceinline__ void load_tokens(EndMemory& memory, const EndPart& part,
-                                            const float* from, const bf16* normed, bool leave) {
-  constexpr int kQuads = ACTIONS / 4, kPieces16 = kEndColumns / 8;
-  if (leave)
-    for (int i = threadIdx.x; i < END_TOKENS * kPieces16; i += kThreads) {
-      int token = i / kPieces16, column = i % kPieces16 * 8;
-      copy_async(&memory.normed[token][column],
-                 normed + part.token(token) * WIDTH + part.column0 + column);
+// What the step begins with, 16 bytes at a time: x_t and, if they are wanted, the normed rows.
+struct EndInputs {
+  static constexpr int kOfX = END_TOKENS * ACTIONS / 4, kOfRows = END_TOKENS * kEndColumns / 8;
+  static constexpr int kItems = (kOfX + kOfRows + kThreads - 1) / kThreads;  // of a thread
+  const void* sources[kItems];
+  void* targets[kItems];
+  bool wanted[kItems];
+
+  // The addresses, which are there before the wait.
+  __device__ __forceinline__ EndInputs(EndMemory& memory, const EndPart& part, const float* from,
+                                       const bf16* normed, bool leave) {
+#pragma unroll
+    for (int j = 0; j < kItems; j++) {
+      int i = j * kThreads + threadIdx.x, of_rows = i - kOfX;
+      int token = i / (ACTIONS / 4), action = i % (ACTIONS / 4) * 4;
+      sources[j] = from + part.token(token) * ACTIONS + action;
+      targets[j] = &memory.x_t[0][0] + i * 4;
+      wanted[j] = i < kOfX || (leave && of_rows < kOfRows);
+      if (of_rows >= 0) {
+        int row = of_rows / (kEndColumns / 8), column = of_rows % (kEndColumns / 8) * 8;
+        sources[j] = normed + part.token(row) * WIDTH + part.column0 + column;
+        targets[j] = &memory.normed[0][0] + of_rows * 8;
+      }
+      settle(sources[j]), settle(targets[j]);
     }
-  for (int i = threadIdx.x; i < END_TOKENS * kQuads; i += kThreads) {
-    int token = i / kQuads, action = i % kQuads * 4;
-    copy_async(&memory.x_t[token][action], from + part.token(token) * ACTIONS + action);
   }
-}
+  __device__ __forceinline__ void load() const {
+#pragma unroll
+    for (int j = 0; j < kItems; j++)
+      if (wanted[j]) copy_async(targets[j], sources[j]);
+    end_copy_group();
+  }
+};
 
 // Adds four values per token over the lanes of a warp; each token's sums end in v[0] of kSharers
 // neighbouring lanes. Lanes first halve the tokens that they add among each other.
@@ -144,8 +169,10 @@ __device__ __forceinline__ void send_velocities(EndMemory& memory, const EndPart
 
 // The Euler update, by every block; the first one writes it.
 __device__ __forceinline__ void move(EndMemory& memory, const EndPart& part, float* to, float dt) {
-  for (int i = threadIdx.x; i < END_TOKENS * ACTIONS; i += kThreads) {
-    int token = i / ACTIONS, action = i % ACTIONS;
+#pragma unroll
+  for (int j = 0; j < END_TOKENS * ACTIONS; j += kThreads) {
+    int i = j + threadIdx.x, token = i / ACTIONS, action = i % ACTIONS;
+    if (i >= END_TOKENS * ACTIONS) break;
     float v = 0.f;
 #pragma unroll
     for (int rank = 0; rank < END_BLOCKS; rank++) v += memory.parts[rank][token][action];
@@ -164,7 +191,6 @@ __device__ __forceinline__ void project_in(EndMemory& memory, const InWeights& w
   for (int i = 0; i < ACTIONS / 4; i++)
 #pragma unroll
     for (int j = 0; j < kEndShare; j++) {
-      if (token0 + j >= END_TOKENS) break;
       float4 v = *(const float4*)&memory.x_t[token0 + j][i * 4];
       h[j] += weights[i].x * v.x;
       h[j] += weights[i].y * v.y;
@@ -172,10 +198,8 @@ __device__ __forceinline__ void project_in(EndMemory& memory, const InWeights& w
       h[j] += weights[i].w * v.w;
     }
 #pragma unroll
-  for (int j = 0; j < kEndShare; j++) {
-    if (token0 + j >= END_TOKENS) break;
+  for (int j = 0; j < kEndShare; j++)
     memory.x[token0 + j][column] = (bf16)pack(h[j] + memory.b_in[column], 0.f);
-  }
 }
 
 // Write the columns of x and of its norm, a token per warp.
@@ -257,11 +281,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
     copy_floats(memory.scale, modulation + part.column0);
     copy_floats(memory.shift, modulation + WIDTH + part.column0);
   }
+  EndInputs inputs(memory, part, from, normed, leave);
   cluster_arrive_relaxed();
   cluster_wait();  // all blocks of the cluster have their barriers
   wait_for_previous();
-  load_tokens(memory, part, from, normed, leave);
-  end_copy_group();
+  inputs.load();
   wait_copies_but<0>();
   __syncthreads();  // everything is in place
   InWeights in_weights;

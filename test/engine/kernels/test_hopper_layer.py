@@ -30,8 +30,8 @@ _PLAN = HopperPlan(
 # 32, 64 and 256 columns per block.
 _PLANS = {
     50: replace(_PLAN, end_tokens=8, end_blocks=2),
-    33: replace(_PLAN, queries=48, ranges=1, keys=144, end_tokens=4, end_blocks=8),
-    10: replace(_PLAN, queries=16, ranges=8, keys=32, end_tokens=8, end_blocks=4),
+    33: replace(_PLAN, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
+    10: replace(_PLAN, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=4),
     1: replace(_PLAN, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
 }
 
