@@ -64,7 +64,7 @@ class HopperPlan:
     queries: int  # rows of a cluster of the attention
     ranges: int  # of keys, one per block of a cluster
     keys: int  # of a range, at most
-    end_tokens: int = 8  # of a cluster at a step's end
+    end_tokens: int = 4  # of a cluster at a step's end
     end_blocks: int = 8  # of such a cluster, each with some columns
 
     def step_end_blocks(self, horizon: int) -> int:

@@ -30,14 +30,15 @@ struct EndMemory {
 // 4 actions by 4 columns.
 typedef float4 OutWeights[kQuadTurns][kEndTurns][4];
 
-// A block's part: its columns, and the tokens of its cluster; those behind the last one repeat it.
+// A block's part: its columns, and the tokens of its cluster. Those behind the last one repeat it
+// and are not written.
 struct EndPart {
   int rank, column0, token0;
   __device__ __forceinline__ EndPart() {
     rank = cluster_rank(), column0 = rank * kEndColumns;
     token0 = (int)blockIdx.x / END_BLOCKS * END_TOKENS;
   }
-  __device__ __forceinline__ size_t token(int i) const { return min(token0 + i, HORIZON - 1); }
+  __device__ __forceinline__ size_t source(int i) const { return min(token0 + i, HORIZON - 1); }
   __device__ __forceinline__ bool has(int i) const { return token0 + i < HORIZON; }
 };
 
@@ -88,12 +89,12 @@ struct EndInputs {
     for (int j = 0; j < kItems; j++) {
       int i = j * kThreads + threadIdx.x, of_rows = i - kOfX;
       int token = i / (ACTIONS / 4), action = i % (ACTIONS / 4) * 4;
-      sources[j] = from + part.token(token) * ACTIONS + action;
+      sources[j] = from + part.source(token) * ACTIONS + action;
       targets[j] = &memory.x_t[0][0] + i * 4;
       wanted[j] = i < kOfX || (leave && of_rows < kOfRows);
       if (of_rows >= 0) {
         int row = of_rows / (kEndColumns / 8), column = of_rows % (kEndColumns / 8) * 8;
-        sources[j] = normed + part.token(row) * WIDTH + part.column0 + column;
+        sources[j] = normed + part.source(row) * WIDTH + part.column0 + column;
         targets[j] = &memory.normed[0][0] + of_rows * 8;
       }
       settle(sources[j]), settle(targets[j]);
@@ -168,7 +169,7 @@ __device__ __forceinline__ void send_velocities(EndMemory& memory, const EndPart
 }
 
 // The Euler update, by every block; the first one writes it.
-__device__ __forceinline__ void move(EndMemory& memory, const EndPart& part, float* to, float dt) {
+__device__ __forceinline__ void update(EndMemory& memory, const EndPart& part, float* to, float dt) {
 #pragma unroll
   for (int j = 0; j < END_TOKENS * ACTIONS; j += kThreads) {
     int i = j + threadIdx.x, token = i / ACTIONS, action = i % ACTIONS;
@@ -178,7 +179,7 @@ __device__ __forceinline__ void move(EndMemory& memory, const EndPart& part, flo
     for (int rank = 0; rank < END_BLOCKS; rank++) v += memory.parts[rank][token][action];
     float moved = memory.x_t[token][action] + dt * (v + memory.b_out[action]);
     memory.x_t[token][action] = moved;
-    if (part.rank == 0 && part.has(token)) to[part.token(token) * ACTIONS + action] = moved;
+    if (part.rank == 0 && part.has(token)) to[part.token0 * ACTIONS + i] = moved;
   }
 }
 
@@ -207,7 +208,7 @@ __device__ __forceinline__ void write_rows(EndMemory& memory, const EndPart& par
                                            bf16* normed, u64* arrived) {
   int token = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= END_TOKENS) return;
-  size_t at = part.token(token) * WIDTH + part.column0;
+  size_t at = (size_t)(part.token0 + token) * WIDTH + part.column0;
   uint2 rows[kEndTurns];
   float square = 0.f;
 #pragma unroll
@@ -265,7 +266,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
   let_next_start();
   EndPart part;
   if (threadIdx.x == 0) {
-    barrier_init(&velocities_arrived), barrier_init(&squares_arrived);
+    barrier_init(&velocities_arrived);
+    barrier_init(&squares_arrived);
     barrier_init_done();
     barrier_expect(&velocities_arrived, sizeof(memory.parts));
     barrier_expect(&squares_arrived, sizeof(memory.squares));
@@ -297,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
   }
   if (leave) {
     barrier_wait_cluster(&velocities_arrived);
-    move(memory, part, to, dt);
+    update(memory, part, to, dt);
     __syncthreads();  // x_t has moved
   }
   if (!enter) return;
