@@ -91,7 +91,7 @@ class HopperChain:
             ),
             'residual_attention': (horizon, expert.width // 4, 0),
             'residual_mlp': (horizon, expert.width // 4, 0),
-            'step_end': (horizon, expert.width // 2, 4 * self.config.action_dim * expert.width),
+            'step_end': (plan.step_end_blocks(horizon), THREADS, 0, plan.end_blocks),
         }  # fmt: skip
         for name in PRODUCTS:
             slab = getattr(plan, name)

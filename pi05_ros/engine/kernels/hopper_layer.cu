@@ -6,7 +6,8 @@
 //   residual        x += gate * sum of the ranges;  normed = adarms(x)     (twice per layer)
 //   gate_up         a = gelu_tanh(normed W_gate^T) * (normed W_up^T)
 //   down            a W_down^T, as attention_out
-//   step_end        x_t += dt (W_out normed + b);  x = W_in x_t + b;  normed = adarms(x)
+//   step_end        x_t += dt (W_out normed + b);  x = W_in x_t + b;  normed = adarms(x), in
+//                   clusters, once per step
 //
 // Why not Triton: with a few dozen rows a product waits for three things: its weights from device
 // memory, its activations from L2, and the kernel before it. Here every block has its weights in
@@ -20,11 +21,12 @@
 //
 // Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; *_TILES feature
 // tiles of 16 per block, *_DEPTH the range of K per block; QUERY_BLOCK (a multiple of 16) query rows
-// per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each. Storage is
-// bfloat16, held as unsigned short; sums are float32.
+// per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster
+// of END_BLOCKS at a step's end. Storage is bfloat16, held as unsigned short; sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"
+#include "hopper_step_end.cuh"
 
 constexpr int kHalf = HEAD_DIM / 2;
 
@@ -195,86 +197,4 @@ extern "C" __global__ void __launch_bounds__(kResidualThreads, 1) residual_mlp(
     const float* partials, const float* gate, const float* next_modulation, bf16* x,
     bf16* normed) {
   add_gated<Down::kRanges>(partials, gate, next_modulation, x, normed);
-}
-
-// One block per token, a thread has two features.
-constexpr int kEndThreads = WIDTH / 2;
-constexpr int kEndWarps = kEndThreads / 32;
-
-extern "C" __global__ void __launch_bounds__(kEndThreads) step_end(
-    bf16* normed,                           // (H, WIDTH): read if leave, written if enter
-    const float* w_out, const float* b_out,  // (ACTIONS, WIDTH), (ACTIONS,)
-    const float* w_in, const float* b_in,    // (WIDTH, ACTIONS), (WIDTH,)
-    const float* modulation,                 // (2, WIDTH) of the next step's first norm
-    const float* from, float* to,            // (H, ACTIONS) before and, if leave, after the step
-    bf16* x,                                 // (H, WIDTH), written if enter
-    float dt, int leave, int enter) {
-  __shared__ __align__(16) float x_t[ACTIONS];
-  __shared__ u64 arrived;
-  let_next_start();
-  float* weights = (float*)shared_memory;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x * 2;
-  if (threadIdx.x == 0 && leave) {
-    barrier_init(&arrived);
-    barrier_init_done();
-    barrier_expect(&arrived, ACTIONS * WIDTH * 4);
-    copy_bulk(weights, w_out, ACTIONS * WIDTH * 4, &arrived);
-  }
-  float4 in[2][ACTIONS / 4];
-  if (enter) {
-#pragma unroll
-    for (int f = 0; f < 2; f++)
-#pragma unroll
-      for (int i = 0; i < ACTIONS / 4; i++)
-        in[f][i] = *(const float4*)(w_in + (size_t)(column + f) * ACTIONS + i * 4);
-  }
-  wait_for_previous();
-  size_t token = blockIdx.x;
-  if (leave) {
-    float y[WIDTH / 32];
-#pragma unroll
-    for (int i = 0; i < WIDTH / 128; i++) {
-      uint2 pairs = __ldcg((const uint2*)(normed + token * WIDTH + i * 128 + lane * 4));
-      y[4 * i] = low(pairs.x), y[4 * i + 1] = high(pairs.x);
-      y[4 * i + 2] = low(pairs.y), y[4 * i + 3] = high(pairs.y);
-    }
-    __syncthreads();  // the barrier exists
-    barrier_wait(&arrived);
-    for (int action = warp; action < ACTIONS; action += kEndWarps) {
-      float v = 0.f;
-#pragma unroll
-      for (int i = 0; i < WIDTH / 128; i++) {
-        float4 w = *(const float4*)(weights + action * WIDTH + i * 128 + lane * 4);
-        v += w.x * y[4 * i] + w.y * y[4 * i + 1] + w.z * y[4 * i + 2] + w.w * y[4 * i + 3];
-      }
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) v += __shfl_xor_sync(~0u, v, step);
-      if (lane == 0) {
-        float moved = from[token * ACTIONS + action] + dt * (v + b_out[action]);
-        to[token * ACTIONS + action] = x_t[action] = moved;
-      }
-    }
-  } else if (threadIdx.x < ACTIONS) {
-    x_t[threadIdx.x] = from[token * ACTIONS + threadIdx.x];
-  }
-  if (!enter) return;
-  __syncthreads();
-  float h[2], square = 0.f;
-#pragma unroll
-  for (int f = 0; f < 2; f++) {
-    h[f] = 0.f;
-#pragma unroll
-    for (int i = 0; i < ACTIONS / 4; i++) {
-      float4 v = *(const float4*)(x_t + i * 4);
-      h[f] += in[f][i].x * v.x + in[f][i].y * v.y + in[f][i].z * v.z + in[f][i].w * v.w;
-    }
-    h[f] = rounded(h[f] + b_in[column + f]);
-    square += h[f] * h[f];
-  }
-  float r = rsqrtf(block_sum<kEndWarps>(square) / WIDTH + EPS);
-  float2 scale = *(const float2*)(modulation + column);
-  float2 shift = *(const float2*)(modulation + WIDTH + column);
-  *(u32*)(x + token * WIDTH + column) = pack(h[0], h[1]);
-  *(u32*)(normed + token * WIDTH + column) =
-      pack(h[0] * r * (1.f + scale.x) + shift.x, h[1] * r * (1.f + scale.y) + shift.y);
 }

@@ -64,6 +64,12 @@ class HopperPlan:
     queries: int  # rows of a cluster of the attention
     ranges: int  # of keys, one per block of a cluster
     keys: int  # of a range, at most
+    end_tokens: int = 4  # of a cluster at a step's end
+    end_blocks: int = 8  # of such a cluster, each with some columns
+
+    def step_end_blocks(self, horizon: int) -> int:
+        """Return the blocks of a step's end."""
+        return -(-horizon // self.end_tokens) * self.end_blocks
 
     def attend_blocks(self, expert: GemmaConfig, horizon: int) -> int:
         """Return the blocks of the attention."""
@@ -146,6 +152,8 @@ def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int
         'QUERY_BLOCK': plan.queries,
         'RANGES': plan.ranges,
         'KEYS': plan.keys,
+        'END_TOKENS': plan.end_tokens,
+        'END_BLOCKS': plan.end_blocks,
     }
 
 

@@ -21,16 +21,18 @@ _FULL = Pi05Config.full()
 _EXPERT = replace(_FULL.expert, width=256, depth=1, mlp_dim=512, num_heads=2)
 _CONFIG = replace(_FULL, expert=_EXPERT, vlm=replace(_FULL.vlm, depth=1, num_heads=2))
 _ACTIONS, _ROOM = _CONFIG.action_dim, 96
+_SPARE_ROWS = 8  # behind the last token, where nothing is written
 _PLAN = HopperPlan(
     qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
     queries=32, ranges=3, keys=64,
 )  # fmt: skip
-# Other sizes of the attention by horizon, some of them with ranges without a key.
+# Other clusters by horizon: in the attention some have ranges without a key, at a step's end 128,
+# 32, 64 and 256 columns per block.
 _PLANS = {
-    50: _PLAN,
-    33: replace(_PLAN, queries=48, ranges=1, keys=144),
-    10: replace(_PLAN, queries=16, ranges=8, keys=32),
-    1: replace(_PLAN, queries=16, ranges=5, keys=32),
+    50: replace(_PLAN, end_tokens=8, end_blocks=2),
+    33: replace(_PLAN, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
+    10: replace(_PLAN, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=4),
+    1: replace(_PLAN, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
 }
 
 
@@ -59,10 +61,7 @@ class GpuKernels:
         self._module = compile_module(_SOURCE, sizes, torch.device('cuda'))
         self._shared_bytes = {
             name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
-        } | {
-            'attend': _PLANS[horizon].attend_bytes(_EXPERT.head_dim),
-            'step_end': 4 * _ACTIONS * _EXPERT.width,
-        }
+        } | {'attend': _PLANS[horizon].attend_bytes(_EXPERT.head_dim)}
 
     def __call__(
         self, name: str, blocks: int, *arguments, threads: int = 256, cluster: int = 1
@@ -178,25 +177,57 @@ def test_attention_sees_prefix_and_suffix(kernels, prefix):
     assert _cosine(attended, expected) > 0.9999
 
 
-@pytest.mark.parametrize('leave, enter', [(0, 1), (1, 1), (1, 0)])
-def test_a_step_ends_in_float32(kernels, leave, enter):
-    h, width = kernels.horizon, _EXPERT.width
-    normed = _randn(h, width)
-    y = normed.clone()
+@pytest.fixture
+def step_end(kernels):
+    """Return a function that runs a step's end and returns x_t, x and the normed rows after it."""
+    h, width, plan = kernels.horizon, _EXPERT.width, _PLANS[kernels.horizon]
     w_out, b_out = torch.randn(_ACTIONS, width) * width**-0.5, torch.randn(_ACTIONS)
     w_in, b_in = torch.randn(width, _ACTIONS) * _ACTIONS**-0.5, torch.randn(width)
     modulation = torch.randn(3, width)
-    before, after = torch.randn(h, _ACTIONS), torch.full((h, _ACTIONS), float('nan'))
-    x = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
-    kernels(
-        'step_end', h, normed, w_out, b_out, w_in, b_in, modulation, before, after, x,
-        -0.1, leave, enter, threads=width // 2,
-    )  # fmt: skip
-    x_t = before
+    normed, before = _randn(h, width), torch.randn(h, _ACTIONS)
+
+    def expected(leave: int) -> tuple[torch.Tensor, ...]:
+        x_t = before - 0.1 * (normed.float() @ w_out.T + b_out) if leave else before
+        x = euler.enter_reference(x_t, w_in, b_in, torch.bfloat16)
+        return x_t, x, adarms_reference(x, modulation, 1e-6)
+
+    def run(leave: int, enter: int, in_place: bool = False) -> tuple[torch.Tensor, ...]:
+        def room(*first: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            rows = torch.full((h + _SPARE_ROWS, columns), float('nan'), dtype=dtype)
+            return torch.cat([*first, rows[sum(map(len, first)) :]])
+
+        from_ = room(before, columns=_ACTIONS, dtype=torch.float32)
+        to = from_ if in_place else room(columns=_ACTIONS, dtype=torch.float32)
+        x = room(columns=width, dtype=torch.bfloat16)
+        rows = room(normed, columns=width, dtype=torch.bfloat16)
+        kernels(
+            'step_end', plan.step_end_blocks(h), rows, w_out, b_out, w_in, b_in, modulation,
+            from_, to, x, -0.1, leave, enter, cluster=plan.end_blocks,
+        )  # fmt: skip
+        for written in (to, x, rows):
+            assert written[h:].isnan().all()
+        assert torch.equal(rows[:h], normed) or enter
+        return to[:h], x[:h], rows[:h]
+
+    run.expected = expected
+    return run
+
+
+@pytest.mark.parametrize('leave, enter', [(0, 1), (1, 1), (1, 0)])
+def test_a_step_ends_in_float32(step_end, leave, enter):
+    after, x, normed = step_end(leave, enter)
+    x_t, expected_x, expected_normed = step_end.expected(leave)
     if leave:
-        x_t = before - 0.1 * (y.float() @ w_out.T + b_out)
         assert torch.allclose(after, x_t, atol=1e-5)
+    else:
+        assert after.isnan().all()
     if enter:
-        expected = euler.enter_reference(x_t, w_in, b_in, torch.bfloat16)
-        assert _cosine(x, expected) > 0.999995
-        assert _cosine(normed, adarms_reference(x, modulation, 1e-6)) > 0.999995
+        assert _cosine(x, expected_x) > 0.999995
+        assert _cosine(normed, expected_normed) > 0.999995
+    else:
+        assert x.isnan().all()
+
+
+def test_a_step_may_end_in_place_with_the_same_bits(step_end):
+    once, again = step_end(1, 1), step_end(1, 1, in_place=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
