@@ -2,6 +2,7 @@
 #ifndef HOPPER_ATTENTION_CUH
 #define HOPPER_ATTENTION_CUH
 #include "hopper_block.cuh"
+#include "hopper_lanes.cuh"
 
 // All heads share one K/V head, so the queries of all heads are rows of one matrix; a cluster takes
 // QUERY_BLOCK of them. A range has an equal share of the prefix and of the action tokens, whose
@@ -63,21 +64,6 @@ struct Range {
     return row < kNewRows ? row < news : row < kNewRows + olds;
   }
 };
-
-// Four neighbouring lanes hold the rows of a 4 x 4 matrix; after this, its columns.
-__device__ __forceinline__ void transpose4(u32 (&v)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & step) continue;
-      u32 sent = upper ? v[i] : v[i | step];
-      u32 got = __shfl_xor_sync(~0u, sent, step);
-      if (upper) v[i] = got; else v[i | step] = got;
-    }
-  }
-}
 
 // Ask for the keys and values of the prefix; values of rows that nobody sees are 0.
 __device__ __forceinline__ void load_prefix(const Range& range, const bf16* keys,
@@ -334,7 +320,7 @@ __device__ __forceinline__ void merge(const Range& range, bf16* attended) {
     u32 out[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) out[n] = pack(o[2 * n] * inverse, o[2 * n + 1] * inverse);
-    transpose4(out, lane);  // one whole tile
+    transpose4(out);  // one whole tile
     u32 token = query % HORIZON, head = query / HORIZON;
     *(uint4*)(attended + (token * HEADS + head) * HEAD_DIM + lane * 8) =
         make_uint4(out[0], out[1], out[2], out[3]);

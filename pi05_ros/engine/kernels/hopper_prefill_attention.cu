@@ -5,6 +5,7 @@
 // with every other tile of 64 keys, and add up what they have in the end. While the tensor cores
 // multiply weights and values of one tile, the warpgroup turns the next one's scores into weights,
 // and the other warpgroup is at another point of the same.
+#include "hopper_lanes.cuh"
 #include "hopper_tile.cuh"
 
 constexpr int kDim = 256, kQueries = 64, kKeys = 64, kStages = 6;
@@ -353,20 +354,6 @@ struct Exchange {
     }
   }
 };
-
-// Four neighbouring lanes hold the rows of a 4 x 4 matrix; after this, its columns.
-__device__ __forceinline__ void transpose4(u32 (&v)[4]) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & step) continue;
-      u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i | step], step);
-      if (upper) v[i] = got; else v[i | step] = got;
-    }
-  }
-}
 
 // 32 columns of this thread's two rows, eight neighbours per lane.
 __device__ __forceinline__ void write_chunk(bf16* out, const float (&sums)[16], int row, int rows,
