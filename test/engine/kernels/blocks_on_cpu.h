@@ -54,7 +54,7 @@ struct Thread {
   u64 operations;
   bool at_cluster_barrier;  // arrived there and has not waited yet
   u64 cluster_generation;
-  Tasks copies, products, stores;
+  Tasks copies, products;
 };
 struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
@@ -157,7 +157,6 @@ static void enter() {
   body();
   if (!thread->copies.open.empty()) fail("a thread ends without wait_copies");
   if (!thread->products.open.empty()) fail("a thread ends without wgmma_wait");
-  if (!thread->stores.open.empty()) fail("a thread ends without store_wait");
   thread->finished = true;
   moves++;
   cluster_barrier.live--;  // who has ended is not waited for
@@ -201,7 +200,7 @@ static void begin_block(int rank, int index, int threads) {
     if (!t.stack) t.stack.reset(new char[kStackBytes]);
     t.finished = t.at_cluster_barrier = false;
     t.operations = 0;
-    t.copies = t.products = t.stores = Tasks{};
+    t.copies = t.products = Tasks{};
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStackBytes;
@@ -375,10 +374,6 @@ static inline void cluster_wait() {
   if (!cpu::thread->at_cluster_barrier) cpu::fail("cluster_wait without cluster_arrive");
   while (cpu::counts_at_cluster_barrier()) cpu::yield("cluster_wait");
   cpu::thread->at_cluster_barrier = false;
-}
-template <class T>
-static inline T* in_block(T* variable, u32 rank) {
-  return (T*)cpu::reached_in((void*)variable, rank);
 }
 
 #endif

@@ -3,6 +3,12 @@
 
 DYNAMIC_SHARED(shared_memory);
 
+// The same variable in another block of the cluster, to look at what memory a block has.
+template <class T>
+__device__ __forceinline__ T* in_block(T* variable, u32 rank) {
+  return (T*)cpu::reached_in((void*)variable, rank);
+}
+
 __device__ __forceinline__ void cluster_barrier(bool wanted) {
   if (!wanted) return;
   cluster_arrive();

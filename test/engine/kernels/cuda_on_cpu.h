@@ -67,7 +67,6 @@ static inline u32 pack(float first, float second) {
 }
 static inline float exp2_fast(float x) { return exp2f(x); }
 static inline float reciprocal(float x) { return 1.f / x; }
-static inline float log2_fast(float x) { return log2f(x); }
 
 // Nothing starts early here: these only have to be called in a sensible order.
 static inline void let_next_start() {}

@@ -6,7 +6,7 @@ DYNAMIC_SHARED(shared_memory);
 // What a kernel can forget; nothing in the kernel that is right.
 enum Mistake {
   kNone, kNoWaitForTiles, kNoWaitForRoom, kRoomTooEarly, kRoomOfOwnBlock, kNoCommit,
-  kNoWaitForSums, kNoMeeting, kNoStoreWait, kLeaveEarly, kNoBarriersYet, kTooFewBytes
+  kNoWaitForSums, kLeaveEarly, kNoBarriersYet, kTooFewBytes
 };
 
 constexpr int kRows = 64, kColumns = 128, kDepth = 64, kStages = 2, kConsumers = 128;
@@ -61,29 +61,20 @@ __device__ __forceinline__ void multiply(const Shared& s, float (&acc)[kColumns 
   if (mistake != kNoWaitForSums) wgmma_wait<0>();
 }
 
-// Through shared memory, where the tiles were.
-__device__ __forceinline__ void store(const Shared& s, const TensorMap* c,
-                                      const float (&acc)[kColumns / 2], int row, int column,
-                                      int mistake) {
+__device__ __forceinline__ void store(bf16* c, int rows, int columns,
+                                      const float (&acc)[kColumns / 2], int row, int column) {
   int lane = threadIdx.x % 32;
   for (int i = 0; i < kColumns / 4; i++) {
-    int r = threadIdx.x / 32 * 16 + lane / 4 + i % 2 * 8, chunk = i / 2 % 8;
-    u32* target = (u32*)(s.stages + i / 16 * kRows * 128 + r * 128 + (chunk ^ r % 8) * 16);
-    target[lane % 4] = pack(acc[i * 2], acc[i * 2 + 1]);
+    int r = row + threadIdx.x / 32 * 16 + lane / 4 + i % 2 * 8, at = column + i / 2 * 8 + lane % 4 * 2;
+    if (r < rows && at < columns)
+      *(u32*)(c + (size_t)r * columns + at) = pack(acc[i * 2], acc[i * 2 + 1]);
   }
-  fence_shared();
-  if (mistake != kNoMeeting) named_barrier(1, kConsumers);
-  if (threadIdx.x) return;
-  store_tile(c, s.stages, column, row);
-  store_tile(c, s.stages + kRows * 128, column + 64, row);
-  store_commit();
-  if (mistake != kNoStoreWait) store_wait();
 }
 
 // c = a b^T; the blocks of a cluster have the same columns of c and neighbouring rows.
 extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
     const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
-    const __grid_constant__ TensorMap c, int depth, int column_tiles, int mistake) {
+    bf16* c, int rows, int columns, int depth, int mistake) {
   __shared__ u64 full[kStages], empty[kStages];
   Shared s = {full, empty, (unsigned char*)(((u64)shared_memory + 1023) / 1024 * 1024)};
   if (threadIdx.x == 0) {
@@ -99,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
     cluster_arrive();
     cluster_wait();
   }
+  int column_tiles = (columns + kColumns - 1) / kColumns;
   int pair = blockIdx.x / 2, column = pair % column_tiles * kColumns;
   int row = (pair / column_tiles * 2 + cluster_rank()) * kRows;
   if (threadIdx.x >= kConsumers) {
@@ -108,8 +100,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32) product(
     more_registers<240>();
     float acc[kColumns / 2] = {};
     multiply(s, acc, depth, mistake);
-    named_barrier(1, kConsumers);  // the tiles are read
-    store(s, &c, acc, row, column, mistake);
+    store(c, rows, columns, acc, row, column);
   }
   if (mistake == kLeaveEarly) return;
   cluster_arrive();

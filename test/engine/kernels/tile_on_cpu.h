@@ -7,7 +7,7 @@
 #define HOPPER_TILE_CUH
 #include "cuda_on_cpu.h"
 
-struct TensorMap {  // a bfloat16 matrix and the tiles that are copied from or to it
+struct TensorMap {  // a bfloat16 matrix and the tiles that are copied from it
   bf16* base;
   int rows, columns, stride, box_rows, box_columns;
 };
@@ -50,12 +50,6 @@ static void load(void* target, const TensorMap& map, int column, int row, u64* b
       }
     count(its, 0, -bytes);
   });
-}
-
-static void store(const TensorMap& map, const void* source, int column, int row) {
-  for (int r = 0; r < map.box_rows; r++)
-    for (int c = 0; c < kTileColumns; c++)
-      if (bf16* to = in_tensor(map, row + r, column + c)) *to = *in_tile(source, r, c);
 }
 
 // The address in an operand's descriptor; only the 128 bytes of the first row may be walked.
@@ -141,16 +135,6 @@ static inline void load_tile(void* target, const TensorMap* map, int column, int
   for (int rank = 0; rank < 16; rank++)
     if (blocks >> rank & 1) cpu::load(target, *map, column, row, barrier, rank);
 }
-static inline void store_tile(const TensorMap* map, const void* source, int column, int row) {
-  TensorMap copy = *map;
-  cpu::checked_bytes(copy, source);
-  cpu::begin_task(cpu::thread->stores, [=] { cpu::store(copy, source, column, row); });
-}
-static inline void store_commit() { cpu::thread->stores.groups++; }
-static inline void store_wait() { cpu::end_tasks(cpu::thread->stores, 0); }
-static inline void store_wait_read() { cpu::end_tasks(cpu::thread->stores, 0); }
-static inline void fence_shared() {}
-
 static inline u64 tile_operand(const void* shared) {
   if ((u64)shared % cpu::kTileAlign) cpu::fail("a tile in shared memory begins at 1024 bytes");
   if (!cpu::is_dynamic(shared)) cpu::fail("a tile is not in dynamic shared memory");
