@@ -12,8 +12,8 @@ from pi05_ros.engine.denoise_layers import LayerBuffers
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import hopper_layout
 from pi05_ros.engine.kernels.adarms import GATE, table_row
-from pi05_ros.engine.kernels.hopper_layout import PRODUCTS, THREADS
-from pi05_ros.engine.kernels.nvrtc import CudaKernel, compile_module
+from pi05_ros.engine.kernels.hopper_layout import PRODUCT_THREADS, PRODUCTS, THREADS, token_rows
+from pi05_ros.engine.kernels.nvrtc import CudaKernel, TensorTiles, compile_module
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.sampler import step_size
 
@@ -65,12 +65,18 @@ class HopperChain:
             return torch.zeros(shape, device=device)
 
         heads = expert.num_heads * expert.head_dim
-        out_ranges = heads // plan.attention_out.depth
-        mlp_ranges = expert.mlp_dim // plan.down.depth
+        out_ranges = plan.attention_out.ranges(heads)
+        mlp_ranges = plan.down.ranges(expert.mlp_dim)
         self._attention_partials = floats(out_ranges, self.horizon, expert.width)
         self._mlp_partials = floats(mlp_ranges, self.horizon, expert.width)
         self._scale = expert.head_dim**-0.5 * math.log2(math.e)
         self._kernels = self._compile()
+
+        def tiles(matrix: Tensor) -> TensorTiles:
+            return TensorTiles(matrix, token_rows(self.horizon), hopper_layout.TILE_COLUMNS)
+
+        self._normed, self._attended = tiles(buffers.scaled), tiles(buffers.attended)
+        self._activated = tiles(buffers.activated)
 
     def weights(self) -> ExpertWeights:
         """Return the weights as the checkpoint has them, a copy."""
@@ -97,8 +103,8 @@ class HopperChain:
             slab = getattr(plan, name)
             blocks = slab.blocks(*getattr(self._packed, name).shape[1:])
             if name in _SPREAD:
-                blocks = max(blocks, _processors(device))
-            shapes[name] = (blocks, THREADS, slab.shared_bytes(horizon))
+                blocks = max(blocks, _processors(device) // slab.split * slab.split)
+            shapes[name] = (blocks, PRODUCT_THREADS, slab.shared_bytes(horizon), slab.split)
         return {name: CudaKernel(module, name, *shape) for name, shape in shapes.items()}
 
     def launch_begin(self, num_steps: int) -> None:
@@ -129,7 +135,7 @@ class HopperChain:
     def launch_qkv(self, row: int, layer: int) -> None:
         """Enqueue q, k, v and their rotation."""
         b = self._buffers
-        self._launch('qkv', b.scaled, self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
+        self._launch('qkv', self._normed, self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
 
     def launch_attend(self, row: int, layer: int) -> None:
         """Enqueue the attention."""
@@ -141,7 +147,7 @@ class HopperChain:
     def launch_attention_out(self, row: int, layer: int) -> None:
         """Enqueue the output projection."""
         weight = self._packed.attention_out[layer]
-        self._launch('attention_out', self._buffers.attended, weight, self._attention_partials)
+        self._launch('attention_out', self._attended, weight, self._attention_partials)
 
     def launch_residual_attention(self, row: int, layer: int) -> None:
         """Enqueue the gated residual behind the attention, and the norm before the MLP."""
@@ -149,19 +155,19 @@ class HopperChain:
 
     def launch_gate_up(self, row: int, layer: int) -> None:
         """Enqueue gate, up and their product."""
-        b = self._buffers
-        self._launch('gate_up', b.scaled, self._packed.gate_up[layer], b.activated)
+        weight = self._packed.gate_up[layer]
+        self._launch('gate_up', self._normed, weight, self._buffers.activated)
 
     def launch_down(self, row: int, layer: int) -> None:
         """Enqueue the down projection."""
         weight = self._packed.down[layer]
-        self._launch('down', self._buffers.activated, weight, self._mlp_partials)
+        self._launch('down', self._activated, weight, self._mlp_partials)
 
     def launch_residual_mlp(self, row: int, layer: int) -> None:
         """Enqueue the gated residual behind the MLP, and the next layer's or the final norm."""
         self._launch_residual('residual_mlp', self._mlp_partials, row, 2 * layer + 1)
 
-    def _launch(self, name: str, *arguments: Tensor | float) -> None:
+    def _launch(self, name: str, *arguments: TensorTiles | Tensor | float) -> None:
         self._kernels[name].launch(arguments, early=True)
 
     def _launch_residual(self, name: str, partials: Tensor, row: int, norm: int) -> None:

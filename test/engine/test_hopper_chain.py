@@ -99,7 +99,7 @@ def test_packed_weights_are_the_same_weights():
         ),
     )
     plan = hopper_layout.HopperPlan(
-        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS),
+        *(hopper_layout.Slab(64, 256) for _ in hopper_layout.PRODUCTS),
         queries=16,
         ranges=1,
         keys=16,

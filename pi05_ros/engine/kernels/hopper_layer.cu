@@ -2,7 +2,7 @@
 //
 //   qkv             q, k, v = rope(normed W_qkv^T)
 //   attend          attention of the action tokens, in clusters of blocks
-//   attention_out   a W_out^T, one range of K per block, as partial sums
+//   attention_out   a W_out^T, one range of K per cluster, as partial sums
 //   residual        x += gate * sum of the ranges;  normed = adarms(x)     (twice per layer)
 //   gate_up         a = gelu_tanh(normed W_gate^T) * (normed W_up^T)
 //   down            a W_down^T, as attention_out
@@ -12,15 +12,16 @@
 // Why not Triton: with a few dozen rows a product waits for three things: its weights from device
 // memory, its activations from L2, and the kernel before it. Here every block has its weights in
 // shared memory, packed as the matrix instruction wants them, before it waits for the kernel
-// before it. After the wait it reads each activation once, from L2 to registers. Triton can place
+// before it. After the wait the copy engine brings the activations beside them. Triton can place
 // neither.
 //
-// A product is computed transposed: weight rows ("features") are the 16-row side of the matrix
-// instruction and action tokens the 8-column side, so a horizon of 50 is padded to 56. The order
-// of K within 32 is permuted on both sides, so that a lane reads 16 contiguous bytes of a token.
+// A product is computed transposed: weight rows ("features") are the 64-row side of the warpgroup
+// instruction and action tokens its columns, so a horizon of 50 is padded to 56, and a thread has
+// few enough sums for three blocks to fit on a multiprocessor.
 //
-// Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; *_TILES feature
-// tiles of 16 per block, *_DEPTH the range of K per block; QUERY_BLOCK (a multiple of 16) query rows
+// Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; of each product
+// *_FEATURES and *_DEPTH of K per block, *_SPLIT blocks of a cluster along K, *_STAGES steps of K
+// whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows
 // per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster
 // of END_BLOCKS at a step's end. Storage is bfloat16, held as unsigned short; sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
@@ -30,28 +31,31 @@
 
 constexpr int kHalf = HEAD_DIM / 2;
 
-typedef Product<QKV_TILES, WIDTH, WIDTH, (HEADS + 2) * HEAD_DIM> Qkv;
-typedef Product<OUT_TILES, OUT_DEPTH, HEADS * HEAD_DIM, WIDTH> Out;
-typedef Product<UP_TILES, WIDTH, WIDTH, 2 * MLP> Up;
-typedef Product<DOWN_TILES, DOWN_DEPTH, MLP, WIDTH> Down;
+typedef Product<QKV_FEATURES, QKV_DEPTH, QKV_SPLIT, QKV_STAGES, WIDTH, (HEADS + 2) * HEAD_DIM>
+    Qkv;
+typedef Product<OUT_FEATURES, OUT_DEPTH, OUT_SPLIT, OUT_STAGES, HEADS * HEAD_DIM, WIDTH> Out;
+typedef Product<UP_FEATURES, UP_DEPTH, UP_SPLIT, UP_STAGES, WIDTH, 2 * MLP> Up;
+typedef Product<DOWN_FEATURES, DOWN_DEPTH, DOWN_SPLIT, DOWN_STAGES, MLP, WIDTH> Down;
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) qkv(
-    const bf16* normed,   // (H, WIDTH)
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) qkv(
+    const __grid_constant__ TensorMap normed,  // (H, WIDTH), boxes of kTokens rows
     const bf16* weights,  // packed: a block has as many first halves of pairs as second ones
     const bf16* cosines, const bf16* sines,  // (positions, HEAD_DIM / 2)
     const int* n_prefix,
     bf16* out) {  // (HEADS + 2, H, HEAD_DIM): q heads, k, v
   constexpr int kPairs = Qkv::kFeatures / 2, kQuads = kPairs / 4;
-  constexpr int kItems = (HORIZON * kQuads + kThreads - 1) / kThreads;
-  __shared__ u64 arrived[kMaxSteps];
+  constexpr int kItems = (Qkv::kShare * kQuads + kThreads - 1) / kThreads;
+  __shared__ Arrivals arrived;
   let_next_start();
-  Qkv::load_weights(weights, arrived);
-  int head = Qkv::block() * kPairs / kHalf, pair0 = Qkv::block() * kPairs % kHalf;
+  Qkv::begin(normed, arrived);
+  if (Qkv::brings()) return Qkv::bring(weights, normed, arrived);
+  int head = Qkv::unit() * kPairs / kHalf, pair0 = Qkv::unit() * kPairs % kHalf;
+  int items = Qkv::tokens() * kQuads;
   uint2 cos2[kItems], sin2[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; j++) {
-    int i = min(j * kThreads + (int)threadIdx.x, HORIZON * kQuads - 1);
-    size_t table = (size_t)(*n_prefix + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
+    int i = max(min(j * kThreads + (int)threadIdx.x, items - 1), 0);
+    size_t table = (size_t)(*n_prefix + Qkv::token0() + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
     cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
   }
   wait_for_previous();
@@ -60,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) qkv(
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
     int i = item * kThreads + threadIdx.x;
-    if (i >= HORIZON * kQuads) break;
+    if (i >= items) break;
     int token = i / kQuads, row = i % kQuads * 4;
     float4 a4 = Qkv::sum(token, row), b4 = Qkv::sum(token, row + kPairs);
     float a[4] = {a4.x, a4.y, a4.z, a4.w}, b[4] = {b4.x, b4.y, b4.z, b4.w};
@@ -73,24 +77,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) qkv(
       a[j] = is_value ? first : rounded(first * c[j]) - rounded(second * s[j]);
       b[j] = is_value ? second : rounded(second * c[j]) + rounded(first * s[j]);
     }
-    bf16* target = out + ((size_t)head * HORIZON + token) * HEAD_DIM + pair0 + row;
+    bf16* target =
+        out + ((size_t)head * HORIZON + Qkv::token0() + token) * HEAD_DIM + pair0 + row;
     *(uint2*)target = make_uint2(pack(a[0], a[1]), pack(a[2], a[3]));
     *(uint2*)(target + kHalf) = make_uint2(pack(b[0], b[1]), pack(b[2], b[3]));
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) gate_up(
-    const bf16* normed,   // (H, WIDTH)
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) gate_up(
+    const __grid_constant__ TensorMap normed,  // (H, WIDTH), boxes of kTokens rows
     const bf16* weights,  // packed: a block has as many gate rows as up rows
     bf16* out) {          // (H, MLP)
   constexpr int kColumns = Up::kFeatures / 2, kQuads = kColumns / 4;
-  __shared__ u64 arrived[kMaxSteps];
+  __shared__ Arrivals arrived;
   let_next_start();
-  Up::load_weights(weights, arrived);
+  Up::begin(normed, arrived);
+  if (Up::brings()) return Up::bring(weights, normed, arrived);
   wait_for_previous();
   Up::multiply(normed, arrived);
   if (Up::surplus()) return;
-  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
+  for (int i = threadIdx.x; i < Up::tokens() * kQuads; i += kThreads) {
     int token = i / kQuads, row = i % kQuads * 4;
     float4 g4 = Up::sum(token, row), u4 = Up::sum(token, row + kColumns);
     float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
@@ -101,37 +107,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) gate_up(
       float twice_z = 1.5957691216057308f * v * (1.f + 0.044715f * v * v);
       g[j] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * rounded(u[j]);
     }
-    *(uint2*)(out + (size_t)token * MLP + Up::block() * kColumns + row) =
+    *(uint2*)(out + (size_t)(Up::token0() + token) * MLP + Up::unit() * kColumns + row) =
         make_uint2(pack(g[0], g[1]), pack(g[2], g[3]));
   }
 }
 
 // Partial sums of a product that ends in the residual stream: (ranges of K, H, WIDTH).
 template <class P>
-__device__ __forceinline__ void partial_product(const bf16* tokens, const bf16* weights,
-                                                float* partials) {
-  constexpr int kQuads = P::kFeatures / 4;
-  __shared__ u64 arrived[kMaxSteps];
+__device__ __forceinline__ void partial_product(const TensorMap& tokens, const bf16* weights,
+                                                float* partials, Arrivals& arrived) {
   let_next_start();
-  P::load_weights(weights, arrived);
+  P::begin(tokens, arrived);
+  if (P::brings()) return P::bring(weights, tokens, arrived);
   wait_for_previous();
   P::multiply(tokens, arrived);
   if (P::surplus()) return;
-  float* target = partials + (size_t)P::range() * HORIZON * WIDTH + P::feature0();
-  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
-    int token = i / kQuads, row = i % kQuads * 4;
+  float* target =
+      partials + ((size_t)P::range() * HORIZON + P::token0()) * WIDTH + P::feature0();
+  for (int i = threadIdx.x; i < P::tokens() * P::kQuads; i += kThreads) {
+    int token = i / P::kQuads, row = i % P::kQuads * 4;
     *(float4*)(target + (size_t)token * WIDTH + row) = P::sum(token, row);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_out(
-    const bf16* attended, const bf16* weights, float* partials) {
-  partial_product<Out>(attended, weights, partials);
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) attention_out(
+    const __grid_constant__ TensorMap attended, const bf16* weights, float* partials) {
+  __shared__ Arrivals arrived;
+  partial_product<Out>(attended, weights, partials, arrived);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) down(
-    const bf16* activated, const bf16* weights, float* partials) {
-  partial_product<Down>(activated, weights, partials);
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) down(
+    const __grid_constant__ TensorMap activated, const bf16* weights, float* partials) {
+  __shared__ Arrivals arrived;
+  partial_product<Down>(activated, weights, partials, arrived);
 }
 
 // The sum of one value per thread, the same in all of them.

@@ -2,27 +2,46 @@
 #ifndef HOPPER_PRODUCT_CUH
 #define HOPPER_PRODUCT_CUH
 #include "hopper_block.cuh"
+#include "hopper_tile.cuh"
 
-constexpr int kTokenTiles = (HORIZON + 7) / 8;  // 8-token columns of the matrix instruction
-constexpr int kTokens = kTokenTiles * 8;
+constexpr int kTokens = (HORIZON + 7) / 8 * 8;  // columns of the warpgroup instruction
+constexpr int kProductThreads = kThreads + 32;  // two warpgroups multiply, a warp brings weights
+constexpr int kStepColumns = 64;                // of K: one tile of weights and one of tokens
 constexpr int kMaxSteps = 16;
-constexpr int kInFlight = 4;   // steps of a product whose weights are on their way at once
-constexpr int kLoadAhead = 2;  // steps whose activations are asked for ahead
+constexpr int kInFlightBytes = 64 * 1024;  // of weights that are on their way at once
+// Blocks with other features begin at another step: if all asked for the same columns of the same
+// rows at once, a few slices of L2 would have to deliver them.
+constexpr bool kRotate = true;
+constexpr int kTokenTileBytes = kTokens * kStepColumns * 2, kWeightTileBytes = 64 * kStepColumns * 2;
+static_assert(kTokenTileBytes <= kWeightTileBytes, "tokens take the place of weights");
 
-// The product of a block: kTiles * 16 features, kDepth of K, all tokens. Warps split K into
-// kGroups and the tokens into kParts.
-template <int kTiles_, int kDepth_, int kStride_, int kRows>
+struct Arrivals {  // barriers, each used once
+  u64 weights[kMaxSteps], tokens[kMaxSteps];  // of a step
+  u64 used[kMaxSteps];                        // a step's weights have been read
+  u64 sums;                                   // what the other blocks of the cluster send
+};
+
+// The product of a block: kFeatures by kDepth of K, all tokens. The two warpgroups share out the
+// features if there are 128, and the steps along K if there are 64. The kSplit blocks of a cluster
+// have the same features and neighbouring parts of K; each adds up and finishes some tokens. What
+// clusters have of different ranges of K is added by the next kernel. Tokens of kStages steps have
+// room of their own; those of later steps take the place of weights that have been used.
+template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kStride, int kRows>
 struct Product {
-  static constexpr int kTiles = kTiles_, kDepth = kDepth_, kFeatures = kTiles * 16;
-  static constexpr int kStride = kStride_;  // all of K
-  static constexpr int kRanges = kStride / kDepth, kBlocks = kRows / kFeatures * kRanges;
-  static constexpr int kParts = kTokenTiles > 4 ? 2 : 1, kGroups = kWarps / kParts;
-  static constexpr int kShare = (kTokenTiles + kParts - 1) / kParts;  // token tiles of a warp
-  static constexpr int kSteps = kDepth / 32 / kGroups;  // of 32 K each, per warp
-  static constexpr int kAhead = kSteps < kLoadAhead ? kSteps : kLoadAhead;
-  static constexpr int kWeightBytes = kFeatures * kDepth * 2;
+  static constexpr int kFeatures = kFeatures_, kDepth = kDepth_, kSplit = kSplit_;
+  static constexpr int kStages = kStages_, kSteps = kDepth / kStepColumns;
+  static constexpr int kParts = kStride / kDepth, kRanges = kParts / kSplit;
+  static constexpr int kBlocks = kRows / kFeatures * kParts;
+  static constexpr int kGroups = kFeatures == 64 ? 2 : 1;  // of warps, which split the steps
+  static constexpr int kTilesOfStep = kFeatures / 64, kStepBytes = kTilesOfStep * kWeightTileBytes;
+  static constexpr int kGivenBack = (kSteps - kStages + kTilesOfStep - 1) / kTilesOfStep;  // steps
+  static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
-  static_assert(kDepth % (32 * kGroups) == 0 && kSteps <= kMaxSteps && kRows % kFeatures == 0,
+  static constexpr int kQuads = kFeatures / 4;
+  static constexpr int kShare = (HORIZON + kSplit - 1) / kSplit;  // tokens that a block finishes
+  static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
+  static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
+                    kStride % (kDepth * kSplit) == 0 && kSteps <= kMaxSteps && kStages <= kSteps,
                 "tiling");
 
   // The block's part of the product. A grid may be larger than the product, to have a block on
@@ -30,98 +49,155 @@ struct Product {
   // Surplus blocks repeat the work of others and write nothing.
   static __device__ __forceinline__ int block() { return blockIdx.x % kBlocks; }
   static __device__ __forceinline__ bool surplus() { return blockIdx.x >= kBlocks; }
-  static __device__ __forceinline__ int range() { return block() % kRanges; }
-  static __device__ __forceinline__ int feature0() { return block() / kRanges * kFeatures; }
+  static __device__ __forceinline__ int rank() { return blockIdx.x % kSplit; }  // in the cluster
+  static __device__ __forceinline__ int part() { return block() % kParts; }     // of K
+  static __device__ __forceinline__ int range() { return part() / kSplit; }
+  static __device__ __forceinline__ int unit() { return block() / kParts; }
+  static __device__ __forceinline__ int feature0() { return unit() * kFeatures; }
+  // The tokens that the block finishes.
+  static __device__ __forceinline__ int token0() { return rank() * kShare; }
+  static __device__ __forceinline__ int tokens_of(int rank) {
+    return max(min(kShare, HORIZON - rank * kShare), 0);
+  }
+  static __device__ __forceinline__ int tokens() { return tokens_of(rank()); }
 
-  // Bring the block's weights, a step of all groups at a time and few at once: what other kernels
-  // wait for would queue behind them.
-  static __device__ __forceinline__ void load_weights(const bf16* packed, u64* arrived) {
-    if (threadIdx.x == 0) {
-      for (int s = 0; s < kSteps; s++) barrier_init(arrived + s);
+  // The step along K that comes at a place of the block's order.
+  static __device__ __forceinline__ int step_at(int place) {
+    return kRotate ? (place + unit()) % kSteps : place;
+  }
+
+  // Shared memory: weights in the order of their steps, then tokens. Once everything is read, the
+  // block's sums[group][token][feature] take their place, and behind them what the others send.
+  static __device__ __forceinline__ char* weight_tiles() {
+    return (char*)(((u64)shared_memory + 1023) / 1024 * 1024);
+  }
+  static __device__ __forceinline__ char* token_tile(int place) {
+    if (kStages == kSteps || place < kStages)
+      return weight_tiles() + kSteps * kStepBytes + place * kTokenTileBytes;
+    return weight_tiles() + (place - kStages) * kWeightTileBytes;
+  }
+  static __device__ __forceinline__ float* own(int group, int token) {
+    return (float*)weight_tiles() + (group * kTokens + token) * kLdSum;
+  }
+  static __device__ __forceinline__ float* sent(int rank, int token) {
+    return own(kGroups, 0) + (rank * kShare + token) * kFeatures;
+  }
+
+  static __device__ __forceinline__ void begin(const TensorMap& map, Arrivals& arrived) {
+    if (threadIdx.x == kThreads) {
+      fetch_map(&map);
+      for (int i = 0; i < kSteps; i++) {
+        barrier_init(arrived.weights + i);
+        barrier_init(arrived.tokens + i);
+        barrier_init(arrived.used + i, kThreads / 32 / kGroups);
+      }
+      barrier_init(&arrived.sums);
       barrier_init_done();
+      if (kSplit > 1) barrier_expect(&arrived.sums, (kSplit - 1) * tokens() * kFeatures * 4);
     }
     __syncthreads();  // the barriers exist
-    if (threadIdx.x == 0) {
-      constexpr u32 kBytes = kWeightBytes / kSteps;
-      const char* source = (const char*)packed + (size_t)block() * kWeightBytes;
-      for (int s = 0; s < kSteps; s++) {
-        if (s >= kInFlight) barrier_wait(arrived + s - kInFlight);
-        barrier_expect(arrived + s, kBytes);
-        copy_bulk(shared_memory + s * kBytes, source + s * kBytes, kBytes, arrived + s);
-      }
+  }
+
+  static __device__ __forceinline__ bool brings() { return threadIdx.x >= kThreads; }
+
+  // Bring the block's weights, few at once: what other kernels wait for would queue behind them.
+  // Then the tokens that take the place of weights.
+  static __device__ __forceinline__ void bring(const bf16* packed, const TensorMap& map,
+                                               Arrivals& arrived) {
+    if (threadIdx.x != kThreads) return;
+    const char* source = (const char*)packed + (size_t)block() * kSteps * kStepBytes;
+    for (int i = 0; i < kSteps; i++) {
+      if (i >= kInFlight) barrier_wait(arrived.weights + i - kInFlight);
+      barrier_expect(arrived.weights + i, kStepBytes);
+      copy_bulk(weight_tiles() + i * kStepBytes, source + step_at(i) * kStepBytes, kStepBytes,
+                arrived.weights + i);
+    }
+    if (kStages == kSteps) return;
+    wait_for_previous();
+    for (int i = kStages; i < kSteps; i++) {
+      barrier_wait(arrived.used + (i - kStages) / kTilesOfStep);
+      bring_tokens(map, i, arrived);
     }
   }
-
-  // Multiply with tokens (HORIZON, kStride); leave sums[group][token][feature] in shared memory,
-  // over the weights.
-  static __device__ __forceinline__ void multiply(const bf16* tokens, u64* arrived) {
-    int warp = threadIdx.x / 32, group = warp % kGroups;
-    const bf16* source = tokens + range() * kDepth + group * 32 + threadIdx.x % 4 * 8;
-    if (kParts == 1 || warp < kGroups)
-      part<kShare, 0>(source, group, arrived);
-    else
-      part<kTokenTiles - kShare, kShare>(source, group, arrived);
-    __syncthreads();
+  static __device__ __forceinline__ void bring_tokens(const TensorMap& map, int place,
+                                                      Arrivals& arrived) {
+    barrier_expect(arrived.tokens + place, kTokenTileBytes);
+    load_tile(token_tile(place), &map, part() * kDepth + step_at(place) * kStepColumns, 0,
+              arrived.tokens + place);
   }
 
-  template <int kCount, int kFirst>
-  static __device__ __forceinline__ void part(const bf16* source, int group, u64* arrived) {
-    constexpr int kColumns = kCount < 1 ? 1 : kCount;
-    int lane = threadIdx.x % 32, row = lane / 4;
-    const bf16* first = source + (size_t)(kFirst * 8 + row) * kStride;
-    // Rows behind the last token repeat it: their sums are never read.
-    const bf16* last =
-        source + (size_t)min((kFirst + kCount - 1) * 8 + row, HORIZON - 1) * kStride;
-    uint4 b[kAhead][kColumns];
+  // Multiply with tokens (HORIZON, kStride), of which the map has boxes of kTokens rows; leave the
+  // sums of the block's tokens for sum().
+  static __device__ __forceinline__ void multiply(const TensorMap& map, Arrivals& arrived) {
+    // The shuffle tells the compiler that the threads of a warp agree.
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, half = warp / 4;
+    if (lane == 0)
+      for (int i = warp; i < kStages; i += kWarps) bring_tokens(map, i, arrived);
+    int group = kGroups == 2 ? half : 0;
+    const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
+    float acc[kTokens / 2] = {};
 #pragma unroll
-    for (int s = 0; s < kAhead; s++)
+    for (int i = 0; i < kSteps / kGroups; i++) {
+      int place = i * kGroups + group;
+      barrier_wait(arrived.weights + place);
+      barrier_wait(arrived.tokens + place);
+      u64 a = tile_operand(weights + place * kStepBytes), b = tile_operand(token_tile(place));
+      wgmma_begin();
 #pragma unroll
-      for (int t = 0; t < kCount; t++)
-        b[s][t] = load_l2((t + 1 < kCount ? first + t * 8 * kStride : last) + s * kGroups * 32);
-    float acc[kTiles][kColumns][4] = {};
-    const uint4* weights = (const uint4*)shared_memory + group * kTiles * 64 + lane;
-#pragma unroll
-    for (int s = 0; s < kSteps; s++) {
-      barrier_wait(arrived + s);
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-        const uint4* a = weights + (s * kGroups * kTiles + n) * 64;
-        uint4 a0 = a[0], a1 = a[32];
-#pragma unroll
-        for (int t = 0; t < kCount; t++) {
-          uint4 v = b[s % kAhead][t];
-          mma(acc[n][t], a0.x, a0.y, a0.z, a0.w, v.x, v.y);
-          mma(acc[n][t], a1.x, a1.y, a1.z, a1.w, v.z, v.w);
-        }
-      }
-      if (s + kAhead < kSteps) {
-#pragma unroll
-        for (int t = 0; t < kCount; t++)
-          b[s % kAhead][t] = load_l2((t + 1 < kCount ? first + t * 8 * kStride : last) +
-                                     (s + kAhead) * kGroups * 32);
+      for (int k = 0; k < kStepColumns / 16; k++) wgmma<kTokens>(acc, a + k * 2, b + k * 2);
+      wgmma_commit();
+      if (i * kGroups < kGivenBack) {
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(arrived.used + place);
       }
     }
-    __syncthreads();  // the weights are read; the sums take their place
-    float* sums = (float*)shared_memory + group * kTokens * kLdSum;
-#pragma unroll
-    for (int n = 0; n < kTiles; n++)
-#pragma unroll
-      for (int t = 0; t < kCount; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          sums[((kFirst + t) * 8 + lane % 4 * 2 + i % 2) * kLdSum + n * 16 + row + i / 2 * 8] =
-              acc[n][t][i];
+    wgmma_wait<0>(acc);
+    if (kSplit > 1) cluster_arrive_relaxed();  // nothing of this thread's is read any more
+    named_barrier(1, kThreads);  // all tiles are read; the sums take their place
+    keep(acc, group, kGroups == 2 ? 0 : half * 64);
+    named_barrier(1, kThreads);
+    if (kSplit > 1) exchange(arrived);
   }
 
-  // Four neighbouring features of a token, summed over the groups in order.
-  static __device__ __forceinline__ float4 sum(int token, int feature) {
+  static __device__ __forceinline__ void keep(const float (&acc)[kTokens / 2], int group,
+                                              int feature0) {
+    int lane = threadIdx.x % 32, row = feature0 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; i++)
+      own(group, i / 4 * 8 + lane % 4 * 2 + i % 2)[row + i / 2 % 2 * 8] = acc[i];
+  }
+
+  // Send every block of the cluster the sums of its tokens.
+  static __device__ __forceinline__ void exchange(Arrivals& arrived) {
+    cluster_wait();  // the others have read their tiles, and their barriers count
+    for (int i = threadIdx.x; i < (kSplit - 1) * kShare * kQuads; i += kThreads) {
+      int target = (rank() + 1 + i / (kShare * kQuads)) % kSplit;
+      int token = i / kQuads % kShare, feature = i % kQuads * 4;
+      if (token >= tokens_of(target)) continue;
+      send(address_in_block(sent(rank(), token) + feature, target),
+           address_in_block(&arrived.sums, target), of_block(target * kShare + token, feature));
+    }
+    barrier_wait_cluster(&arrived.sums);
+  }
+
+  // Four neighbouring features of a token, summed over this block's part of K.
+  static __device__ __forceinline__ float4 of_block(int token, int feature) {
+    float4 total = *(const float4*)(own(0, token) + feature);
+    if (kGroups == 1) return total;
+    return add(total, *(const float4*)(own(1, token) + feature));
+  }
+  static __device__ __forceinline__ float4 add(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  }
+
+  // The same of the i-th of the block's tokens over the whole cluster, in the order of the ranks.
+  static __device__ __forceinline__ float4 sum(int i, int feature) {
+    float4 mine = of_block(token0() + i, feature);
+    if (kSplit == 1) return mine;
     float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      float4 v = *(const float4*)((const float*)shared_memory +
-                                  (group * kTokens + token) * kLdSum + feature);
-      total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
-    }
+    for (int r = 0; r < kSplit; r++)
+      total = add(total, r == rank() ? mine : *(const float4*)(sent(r, i) + feature));
     return total;
   }
 };

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import CpuModule
+from cuda_on_cpu import CpuModule, TensorMap
 
 from pi05_ros.engine.kernels import euler, hopper_layout, small_gemm, split_attention
 from pi05_ros.engine.kernels.adarms import GATE, adarms_reference
-from pi05_ros.engine.kernels.hopper_layout import HopperPlan, Slab, defines, pack, unpack
+from pi05_ros.engine.kernels.hopper_layout import (
+    PRODUCT_THREADS,
+    HopperPlan,
+    Slab,
+    defines,
+    pack,
+    token_rows,
+    unpack,
+)
 from pi05_ros.model.config import Pi05Config
 
 _SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
@@ -23,16 +31,21 @@ _CONFIG = replace(_FULL, expert=_EXPERT, vlm=replace(_FULL.vlm, depth=1, num_hea
 _ACTIONS, _ROOM = _CONFIG.action_dim, 96
 _SPARE_ROWS = 8  # behind the last token, where nothing is written
 _PLAN = HopperPlan(
-    qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
-    queries=32, ranges=3, keys=64,
+    qkv=Slab(128, 64, 4), attention_out=Slab(64, 256), gate_up=Slab(128, 256, token_bytes=1),
+    down=Slab(64, 128, 2), queries=32, ranges=3, keys=64,
+)  # fmt: skip
+# The same products cut otherwise.
+_OTHER_CUT = replace(
+    _PLAN, qkv=Slab(64, 128, 2), attention_out=Slab(128, 128, 4),
+    gate_up=Slab(64, 256, token_bytes=1), down=Slab(128, 256),
 )  # fmt: skip
 # Other clusters by horizon: in the attention some have ranges without a key, at a step's end 128,
 # 32, 64 and 256 columns per block.
 _PLANS = {
     50: replace(_PLAN, end_tokens=8, end_blocks=2),
-    33: replace(_PLAN, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
+    33: replace(_OTHER_CUT, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
     10: replace(_PLAN, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=4),
-    1: replace(_PLAN, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
+    1: replace(_OTHER_CUT, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
 }
 
 
@@ -49,6 +62,10 @@ class CpuKernels:
     ) -> None:
         self._module.launch(name, blocks, threads, cluster, *arguments)
 
+    def tokens(self, matrix: torch.Tensor) -> TensorMap:
+        """Return a matrix as the products take it."""
+        return TensorMap(matrix, token_rows(self.horizon))
+
 
 class GpuKernels:
     """The same on the GPU; arguments are copied there and back."""
@@ -60,7 +77,8 @@ class GpuKernels:
         sizes = tuple(defines(_PLANS[horizon], _CONFIG, horizon).items())
         self._module = compile_module(_SOURCE, sizes, torch.device('cuda'))
         self._shared_bytes = {
-            name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
+            name: getattr(_PLANS[horizon], name).shared_bytes(horizon)
+            for name in hopper_layout.PRODUCTS
         } | {'attend': _PLANS[horizon].attend_bytes(_EXPERT.head_dim)}
 
     def __call__(
@@ -75,6 +93,13 @@ class GpuKernels:
         for mine, its in zip(arguments, there, strict=True):
             if isinstance(mine, torch.Tensor):
                 mine.copy_(its)
+
+    def tokens(self, matrix: torch.Tensor):
+        """Return a matrix as the products take it."""
+        from pi05_ros.engine.kernels.nvrtc import TensorTiles
+
+        self._tokens = matrix.cuda()  # lives as long as the launch
+        return TensorTiles(self._tokens, token_rows(self.horizon), hopper_layout.TILE_COLUMNS)
 
 
 @pytest.fixture(scope='module', params=_PLANS)
@@ -98,13 +123,23 @@ def _seed() -> None:
     torch.manual_seed(3)
 
 
-@pytest.mark.parametrize('slab', [Slab(32, 128), Slab(64, 64)])
+@pytest.mark.parametrize('slab', [Slab(128, 64), Slab(64, 128)])
 def test_unpacking_gives_the_packed_weight_back(slab):
     weight = _randn(128, 256)
     order = torch.randperm(128)
     assert torch.equal(unpack(pack(weight, slab), slab), weight)
     assert torch.equal(unpack(pack(weight, slab, order), slab, order), weight)
     assert not torch.equal(pack(weight, slab), weight)
+
+
+def _run_product(kernels, name: str, order, weight: torch.Tensor, tokens: torch.Tensor, *others):
+    """Launch a product with packed weights; a cluster more than it needs writes nothing else."""
+    slab = getattr(_PLANS[kernels.horizon], name)
+    packed = pack(weight, slab, order and order(slab.features, _EXPERT))
+    kernels(
+        name, slab.blocks(*weight.shape) + slab.split, kernels.tokens(tokens), packed, *others,
+        threads=PRODUCT_THREADS, cluster=slab.split,
+    )  # fmt: skip
 
 
 def test_qkv_is_rotated(kernels):
@@ -114,8 +149,7 @@ def test_qkv_is_rotated(kernels):
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     start = torch.tensor([7], dtype=torch.int32)
     out = torch.full((4, h, 256), float('nan'), dtype=torch.bfloat16)
-    packed = pack(weight, _PLAN.qkv, hopper_layout.qkv_order(32, _EXPERT))
-    kernels('qkv', _PLAN.qkv.blocks(*weight.shape), normed, packed, cos, sin, start, out)
+    _run_product(kernels, 'qkv', hopper_layout.qkv_order, weight, normed, cos, sin, start, out)
     heads = (normed.float() @ weight.float().T).bfloat16().unflatten(-1, (4, 256)).transpose(0, 1)
     first, second = heads[:-1].chunk(2, dim=-1)
     c, s = cos[7 : 7 + h], sin[7 : 7 + h]
@@ -129,8 +163,7 @@ def test_gate_and_up_make_geglu(kernels):
     h, width, hidden = kernels.horizon, _EXPERT.width, _EXPERT.mlp_dim
     normed, weight = _randn(h, width), _randn(2 * hidden, width, scale=width**-0.5)
     out = torch.full((h, hidden), float('nan'), dtype=torch.bfloat16)
-    packed = pack(weight, _PLAN.gate_up, hopper_layout.gate_up_order(64, _EXPERT))
-    kernels('gate_up', _PLAN.gate_up.blocks(*weight.shape), normed, packed, out)
+    _run_product(kernels, 'gate_up', hopper_layout.gate_up_order, weight, normed, out)
     gate, up = torch.nn.functional.linear(normed, weight).chunk(2, dim=-1)
     expected = torch.nn.functional.gelu(gate, approximate='tanh') * up
     assert _cosine(out, expected) > 0.999995
@@ -139,16 +172,18 @@ def test_gate_and_up_make_geglu(kernels):
 @pytest.mark.parametrize('name', ['attention_out', 'down'])
 def test_a_product_reaches_the_residual_stream_and_the_next_norm(kernels, name):
     h, width = kernels.horizon, _EXPERT.width
-    slab = getattr(_PLAN, name)
+    slab = getattr(_PLANS[h], name)
     depth = 512
     tokens, weight = _randn(h, depth), _randn(width, depth, scale=depth**-0.5)
     modulation, following = _randn(2, 3, width, dtype=torch.float32)
     x = _randn(h, width)
-    partials = torch.full((depth // slab.depth, h, width), float('nan'))
+    partials = torch.full((slab.ranges(depth), h, width), float('nan'))
     normed = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
     before = x.clone()
-    packed = pack(weight, slab)
-    kernels(name, slab.blocks(*weight.shape), tokens, packed, partials)
+    _run_product(kernels, name, None, weight, tokens, partials)
+    again = torch.full_like(partials, float('nan'))
+    _run_product(kernels, name, None, weight, tokens, again)
+    assert torch.equal(again, partials)
     assert torch.allclose(partials.sum(0), tokens.float() @ weight.float().T, atol=1e-4)
     residual = 'residual_attention' if name == 'attention_out' else 'residual_mlp'
     kernels(
