@@ -58,7 +58,6 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 3) qkv(
     size_t table = (size_t)(*n_prefix + Qkv::token0() + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
     cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
   }
-  wait_for_previous();
   Qkv::multiply(normed, arrived);
   if (Qkv::surplus()) return;
 #pragma unroll
@@ -93,19 +92,21 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 3) gate_up(
   let_next_start();
   Up::begin(normed, arrived);
   if (Up::brings()) return Up::bring(weights, normed, arrived);
-  wait_for_previous();
   Up::multiply(normed, arrived);
   if (Up::surplus()) return;
-  for (int i = threadIdx.x; i < Up::tokens() * kQuads; i += kThreads) {
+#pragma unroll
+  for (int j = 0; j < Up::kShare * kQuads; j += kThreads) {
+    int i = j + threadIdx.x;
+    if (i >= Up::tokens() * kQuads) break;
     int token = i / kQuads, row = i % kQuads * 4;
     float4 g4 = Up::sum(token, row), u4 = Up::sum(token, row + kColumns);
     float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float v = rounded(g[j]);
+    for (int k = 0; k < 4; k++) {
+      float v = rounded(g[k]);
       // gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3).
       float twice_z = 1.5957691216057308f * v * (1.f + 0.044715f * v * v);
-      g[j] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * rounded(u[j]);
+      g[k] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * rounded(u[k]);
     }
     *(uint2*)(out + (size_t)(Up::token0() + token) * MLP + Up::unit() * kColumns + row) =
         make_uint2(pack(g[0], g[1]), pack(g[2], g[3]));
@@ -119,12 +120,14 @@ __device__ __forceinline__ void partial_product(const TensorMap& tokens, const b
   let_next_start();
   P::begin(tokens, arrived);
   if (P::brings()) return P::bring(weights, tokens, arrived);
-  wait_for_previous();
   P::multiply(tokens, arrived);
   if (P::surplus()) return;
   float* target =
       partials + ((size_t)P::range() * HORIZON + P::token0()) * WIDTH + P::feature0();
-  for (int i = threadIdx.x; i < P::tokens() * P::kQuads; i += kThreads) {
+#pragma unroll
+  for (int j = 0; j < P::kShare * P::kQuads; j += kThreads) {
+    int i = j + threadIdx.x;
+    if (i >= P::tokens() * P::kQuads) break;
     int token = i / P::kQuads, row = i % P::kQuads * 4;
     *(float4*)(target + (size_t)token * WIDTH + row) = P::sum(token, row);
   }

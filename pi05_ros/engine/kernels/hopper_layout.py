@@ -1,7 +1,7 @@
 """How the Hopper kernels cut up a layer, and how their weights lie in memory.
 
-The weights of a block are one contiguous range of tiles as the warpgroup instruction takes them from
-shared memory, so that bulk copies bring them there.
+The weights of a block are one contiguous range of tiles as the warpgroup instruction takes them
+from shared memory, so that bulk copies bring them there.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Slab:
         return min(self.depth // TILE_COLUMNS, max(1, room))
 
     def shared_bytes(self, horizon: int) -> int:
-        """Return the shared memory of a block: weights and tokens, then the sums in their place."""
+        """Return the shared memory of a block: weights and tokens, then sums in their place."""
         tokens = token_rows(horizon)
         of_tokens = self.stages(horizon) * 2 * TILE_COLUMNS * tokens
         own = 4 * (2 if self.features == 64 else 1) * tokens * (self.features + 4)
-        sent = 4 * self.split * -(-horizon // self.split) * self.features if self.split > 1 else 0
+        sent = 4 * (self.split - 1) * -(-horizon // self.split) * self.features
         needed = max(2 * self.features * self.depth + of_tokens, own + sent) + _TILE_ALIGN
         return max(needed, self.least_bytes)
 

@@ -65,11 +65,14 @@ struct Product {
   static __device__ __forceinline__ int step_at(int place) {
     return kRotate ? (place + unit()) % kSteps : place;
   }
+  static __device__ __forceinline__ int column_at(int place) {
+    return part() * kDepth + step_at(place) * kStepColumns;
+  }
 
   // Shared memory: weights in the order of their steps, then tokens. Once everything is read, the
   // block's sums[group][token][feature] take their place, and behind them what the others send.
   static __device__ __forceinline__ char* weight_tiles() {
-    return (char*)(((u64)shared_memory + 1023) / 1024 * 1024);
+    return (char*)shared_memory + (0 - (u32)(u64)shared_memory) % 1024;  // seen to be shared
   }
   static __device__ __forceinline__ char* token_tile(int place) {
     if (kStages == kSteps || place < kStages)
@@ -79,8 +82,9 @@ struct Product {
   static __device__ __forceinline__ float* own(int group, int token) {
     return (float*)weight_tiles() + (group * kTokens + token) * kLdSum;
   }
-  static __device__ __forceinline__ float* sent(int rank, int token) {
-    return own(kGroups, 0) + (rank * kShare + token) * kFeatures;
+  // From the block whose rank is so much higher, around the end.
+  static __device__ __forceinline__ float* sent(int distance, int token) {
+    return own(kGroups, 0) + ((distance - 1) * kShare + token) * kFeatures;
   }
 
   static __device__ __forceinline__ void begin(const TensorMap& map, Arrivals& arrived) {
@@ -90,10 +94,12 @@ struct Product {
         barrier_init(arrived.weights + i);
         barrier_init(arrived.tokens + i);
         barrier_init(arrived.used + i, kThreads / 32 / kGroups);
+        barrier_expect(arrived.weights + i, kStepBytes);
+        barrier_expect(arrived.tokens + i, kTokenTileBytes);
       }
       barrier_init(&arrived.sums);
-      barrier_init_done();
       if (kSplit > 1) barrier_expect(&arrived.sums, (kSplit - 1) * tokens() * kFeatures * 4);
+      barrier_init_done();
     }
     __syncthreads();  // the barriers exist
   }
@@ -108,7 +114,6 @@ struct Product {
     const char* source = (const char*)packed + (size_t)block() * kSteps * kStepBytes;
     for (int i = 0; i < kSteps; i++) {
       if (i >= kInFlight) barrier_wait(arrived.weights + i - kInFlight);
-      barrier_expect(arrived.weights + i, kStepBytes);
       copy_bulk(weight_tiles() + i * kStepBytes, source + step_at(i) * kStepBytes, kStepBytes,
                 arrived.weights + i);
     }
@@ -116,23 +121,24 @@ struct Product {
     wait_for_previous();
     for (int i = kStages; i < kSteps; i++) {
       barrier_wait(arrived.used + (i - kStages) / kTilesOfStep);
-      bring_tokens(map, i, arrived);
+      load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
     }
   }
-  static __device__ __forceinline__ void bring_tokens(const TensorMap& map, int place,
-                                                      Arrivals& arrived) {
-    barrier_expect(arrived.tokens + place, kTokenTileBytes);
-    load_tile(token_tile(place), &map, part() * kDepth + step_at(place) * kStepColumns, 0,
-              arrived.tokens + place);
-  }
 
-  // Multiply with tokens (HORIZON, kStride), of which the map has boxes of kTokens rows; leave the
-  // sums of the block's tokens for sum().
+  // Wait for the kernel before this one and multiply with its tokens (HORIZON, kStride), of which
+  // the map has boxes of kTokens rows; leave the sums of the block's tokens for sum().
   static __device__ __forceinline__ void multiply(const TensorMap& map, Arrivals& arrived) {
     // The shuffle tells the compiler that the threads of a warp agree.
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, half = warp / 4;
-    if (lane == 0)
-      for (int i = warp; i < kStages; i += kWarps) bring_tokens(map, i, arrived);
+    int first = min(warp, kStages - 1), column = column_at(first);
+    char* target = token_tile(first);
+    settle(target), settle((const void*)(size_t)column);  // they are there before the wait
+    wait_for_previous();
+    if (lane == 0 && warp < kStages) {
+      load_tile(target, &map, column, 0, arrived.tokens + warp);
+      for (int i = warp + kWarps; i < kStages; i += kWarps)
+        load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
+    }
     int group = kGroups == 2 ? half : 0;
     const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
     float acc[kTokens / 2] = {};
@@ -170,12 +176,17 @@ struct Product {
   // Send every block of the cluster the sums of its tokens.
   static __device__ __forceinline__ void exchange(Arrivals& arrived) {
     cluster_wait();  // the others have read their tiles, and their barriers count
-    for (int i = threadIdx.x; i < (kSplit - 1) * kShare * kQuads; i += kThreads) {
-      int target = (rank() + 1 + i / (kShare * kQuads)) % kSplit;
-      int token = i / kQuads % kShare, feature = i % kQuads * 4;
-      if (token >= tokens_of(target)) continue;
-      send(address_in_block(sent(rank(), token) + feature, target),
-           address_in_block(&arrived.sums, target), of_block(target * kShare + token, feature));
+#pragma unroll
+    for (int distance = 1; distance < kSplit; distance++) {
+      int target = (rank() + kSplit - distance) % kSplit, items = tokens_of(target) * kQuads;
+      ClusterAddress there = address_in_block(sent(distance, 0), target);
+      ClusterAddress barrier = address_in_block(&arrived.sums, target);
+#pragma unroll
+      for (int j = 0; j < kShare * kQuads; j += kThreads) {
+        int i = j + threadIdx.x;
+        if (i >= items) break;
+        send(there + i * 16, barrier, of_block(target * kShare + i / kQuads, i % kQuads * 4));
+      }
     }
     barrier_wait_cluster(&arrived.sums);
   }
@@ -190,14 +201,12 @@ struct Product {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
   }
 
-  // The same of the i-th of the block's tokens over the whole cluster, in the order of the ranks.
+  // The same of the i-th of the block's tokens over the whole cluster.
   static __device__ __forceinline__ float4 sum(int i, int feature) {
-    float4 mine = of_block(token0() + i, feature);
-    if (kSplit == 1) return mine;
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 total = of_block(token0() + i, feature);
 #pragma unroll
-    for (int r = 0; r < kSplit; r++)
-      total = add(total, r == rank() ? mine : *(const float4*)(sent(r, i) + feature));
+    for (int distance = 1; distance < kSplit; distance++)
+      total = add(total, *(const float4*)(sent(distance, i) + feature));
     return total;
   }
 };
