@@ -67,6 +67,13 @@ def test_the_attention_starts_beside_the_product_before_it(horizon, prefix):
     assert blocks <= 224 * 1024
 
 
+@pytest.mark.parametrize('horizon', [10, 50])
+def test_the_weights_of_the_mlp_fit_beside_the_products_before_them(horizon):
+    plan = hopper_layout.hopper_plan(_FULL.expert, horizon, 768, 132)
+    for pair in ((plan.attention_out, plan.gate_up), (plan.gate_up, plan.down)):
+        assert sum(slab.shared_bytes(horizon) for slab in pair) <= 224 * 1024
+
+
 def test_another_gpu_runs_the_triton_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (12, 0))
     assert 'no Hopper GPU' in hopper_obstacle(_FULL, _buffers())

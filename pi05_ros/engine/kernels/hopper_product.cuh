@@ -136,7 +136,7 @@ struct Product {
     wait_for_previous();
     if (lane == 0 && warp < kStages) {
       load_tile(target, &map, column, 0, arrived.tokens + warp);
-      for (int i = warp + kWarps; i < kStages; i += kWarps)
+      for (int i = warp + kWarps; kStages > kWarps && i < kStages; i += kWarps)
         load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
     }
     int group = kGroups == 2 ? half : 0;
