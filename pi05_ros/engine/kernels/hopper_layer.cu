@@ -21,9 +21,9 @@
 //
 // Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; of each product
 // *_FEATURES and *_DEPTH of K per block, *_SPLIT blocks of a cluster along K, *_STAGES steps of K
-// whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows
-// per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster
-// of END_BLOCKS at a step's end. Storage is bfloat16, held as unsigned short; sums are float32.
+// whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows per cluster,
+// RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster of END_BLOCKS
+// at a step's end. Storage is bfloat16, held as unsigned short; sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"
@@ -55,7 +55,8 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 3) qkv(
 #pragma unroll
   for (int j = 0; j < kItems; j++) {
     int i = max(min(j * kThreads + (int)threadIdx.x, items - 1), 0);
-    size_t table = (size_t)(*n_prefix + Qkv::token0() + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
+    size_t position = *n_prefix + Qkv::token0() + i / kQuads;
+    size_t table = position * kHalf + pair0 + i % kQuads * 4;
     cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
   }
   Qkv::multiply(normed, arrived);

@@ -12,7 +12,8 @@ constexpr int kInFlightBytes = 64 * 1024;  // of weights that are on their way a
 // Blocks with other features begin at another step: if all asked for the same columns of the same
 // rows at once, a few slices of L2 would have to deliver them.
 constexpr bool kRotate = true;
-constexpr int kTokenTileBytes = kTokens * kStepColumns * 2, kWeightTileBytes = 64 * kStepColumns * 2;
+constexpr int kTokenTileBytes = kTokens * kStepColumns * 2;
+constexpr int kWeightTileBytes = 64 * kStepColumns * 2;
 static_assert(kTokenTileBytes <= kWeightTileBytes, "tokens take the place of weights");
 
 struct Arrivals {  // barriers, each used once
