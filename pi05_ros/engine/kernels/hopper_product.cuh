@@ -8,7 +8,7 @@ constexpr int kTokens = (HORIZON + 7) / 8 * 8;  // columns of the warpgroup inst
 constexpr int kProductThreads = kThreads + 32;  // two warpgroups multiply, a warp brings weights
 constexpr int kStepColumns = 64;                // of K: one tile of weights and one of tokens
 constexpr int kMaxSteps = 16;
-constexpr int kInFlightBytes = 64 * 1024;  // of weights that are on their way at once
+constexpr int kInFlightBytes = 32 * 1024;  // of weights that are on their way at once
 // Blocks with other features begin at another step: if all asked for the same columns of the same
 // rows at once, a few slices of L2 would have to deliver them.
 constexpr bool kRotate = true;
@@ -133,7 +133,7 @@ struct Product {
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, half = warp / 4;
     int first = min(warp, kStages - 1), column = column_at(first);
     char* target = token_tile(first);
-    settle(target), settle((const void*)(size_t)column);  // they are there before the wait
+    settle(target);  // it is there before the wait
     wait_for_previous();
     if (lane == 0 && warp < kStages) {
       load_tile(target, &map, column, 0, arrived.tokens + warp);
