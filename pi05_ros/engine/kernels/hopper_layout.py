@@ -39,7 +39,8 @@ _MACROS = ('QKV', 'OUT', 'UP', 'DOWN')  # how the source calls them
 class Slab:
     """One product: ``features`` weight rows and ``depth`` columns of K per block.
 
-    The ``split`` blocks of a cluster have the same features and add up their parts of K.
+    The ``split`` blocks of a cluster have the same features, together all of K, and add up their
+    parts of it.
     """
 
     features: int
@@ -51,10 +52,6 @@ class Slab:
     def blocks(self, rows: int, columns: int) -> int:
         """Return the number of blocks for weights of (rows, columns)."""
         return rows // self.features * (columns // self.depth)
-
-    def ranges(self, columns: int) -> int:
-        """Return the ranges of K whose sums are left to the next kernel."""
-        return columns // (self.depth * self.split)
 
     def stages(self, horizon: int) -> int:
         """Return the steps along K whose tokens have room beside all weights."""
@@ -90,6 +87,12 @@ class HopperPlan:
     end_tokens: int = 4  # of a cluster at a step's end
     end_blocks: int = 8  # of such a cluster, each with some columns
 
+    def square_parts(self, width: int) -> int:
+        """Return the parts of a token's sum of squares: enough for every kernel that writes x."""
+        units = (width // self.attention_out.features, width // self.down.features)
+        parts = max(4, self.end_blocks, *units)
+        return 1 << (parts - 1).bit_length()
+
     def step_end_blocks(self, horizon: int) -> int:
         """Return the blocks of a step's end."""
         return -(-horizon // self.end_tokens) * self.end_blocks
@@ -119,9 +122,9 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
     heads = expert.num_heads * expert.head_dim
     plan = HopperPlan(
         qkv=Slab(128, expert.width // 4, 4),
-        attention_out=Slab(64, heads // 8, least_bytes=_OUT_BYTES),
+        attention_out=Slab(64, heads // 8, 8, least_bytes=_OUT_BYTES),
         gate_up=Slab(128, expert.width // 2, 2, token_bytes=_MLP_TOKEN_BYTES),
-        down=Slab(128, expert.mlp_dim // 16, 2, token_bytes=_MLP_TOKEN_BYTES),
+        down=Slab(64, expert.mlp_dim // 8, 8, token_bytes=_MLP_TOKEN_BYTES),
         queries=queries,
         ranges=_RANGES,
         keys=-(-(new_rows - (-max_prefix // _RANGES)) // 16) * 16,
@@ -180,6 +183,7 @@ def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int
         'KEYS': plan.keys,
         'END_TOKENS': plan.end_tokens,
         'END_BLOCKS': plan.end_blocks,
+        'SQUARES': plan.square_parts(expert.width),
     }
 
 

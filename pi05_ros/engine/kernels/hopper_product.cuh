@@ -24,15 +24,14 @@ struct Arrivals {  // barriers, each used once
 
 // The product of a block: kFeatures by kDepth of K, all tokens. The two warpgroups share out the
 // features if there are 128, and the steps along K if there are 64. The kSplit blocks of a cluster
-// have the same features and neighbouring parts of K; each adds up and finishes some tokens. What
-// clusters have of different ranges of K is added by the next kernel. Tokens of kStages steps have
-// room of their own; those of later steps take the place of weights that have been used.
+// have the same features and neighbouring parts of K, together all of it; each adds up and finishes
+// some tokens. Tokens of kStages steps have room of their own; those of later steps take the place
+// of weights that have been used.
 template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kStride, int kRows>
 struct Product {
   static constexpr int kFeatures = kFeatures_, kDepth = kDepth_, kSplit = kSplit_;
   static constexpr int kStages = kStages_, kSteps = kDepth / kStepColumns;
-  static constexpr int kParts = kStride / kDepth, kRanges = kParts / kSplit;
-  static constexpr int kBlocks = kRows / kFeatures * kParts;
+  static constexpr int kUnits = kRows / kFeatures, kBlocks = kUnits * kSplit;
   static constexpr int kGroups = kFeatures == 64 ? 2 : 1;  // of warps, which split the steps
   static constexpr int kTilesOfStep = kFeatures / 64, kStepBytes = kTilesOfStep * kWeightTileBytes;
   static constexpr int kGivenBack = (kSteps - kStages + kTilesOfStep - 1) / kTilesOfStep;  // steps
@@ -42,7 +41,7 @@ struct Product {
   static constexpr int kShare = (HORIZON + kSplit - 1) / kSplit;  // tokens that a block finishes
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
   static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
-                    kStride % (kDepth * kSplit) == 0 && kSteps <= kMaxSteps && kStages <= kSteps,
+                    kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps,
                 "tiling");
 
   // The block's part of the product. A grid may be larger than the product, to have a block on
@@ -51,9 +50,7 @@ struct Product {
   static __device__ __forceinline__ int block() { return blockIdx.x % kBlocks; }
   static __device__ __forceinline__ bool surplus() { return blockIdx.x >= kBlocks; }
   static __device__ __forceinline__ int rank() { return blockIdx.x % kSplit; }  // in the cluster
-  static __device__ __forceinline__ int part() { return block() % kParts; }     // of K
-  static __device__ __forceinline__ int range() { return part() / kSplit; }
-  static __device__ __forceinline__ int unit() { return block() / kParts; }
+  static __device__ __forceinline__ int unit() { return block() / kSplit; }     // of features
   static __device__ __forceinline__ int feature0() { return unit() * kFeatures; }
   // The tokens that the block finishes.
   static __device__ __forceinline__ int token0() { return rank() * kShare; }
@@ -67,7 +64,7 @@ struct Product {
     return kRotate ? (place + unit()) % kSteps : place;
   }
   static __device__ __forceinline__ int column_at(int place) {
-    return part() * kDepth + step_at(place) * kStepColumns;
+    return rank() * kDepth + step_at(place) * kStepColumns;
   }
 
   // Shared memory: weights in the order of their steps, then tokens. Once everything is read, the
@@ -126,11 +123,13 @@ struct Product {
     }
   }
 
-  // Wait for the kernel before this one and multiply with its tokens (HORIZON, kStride), of which
-  // the map has boxes of kTokens rows; leave the sums of the block's tokens for sum().
-  static __device__ __forceinline__ void multiply(const TensorMap& map, Arrivals& arrived) {
-    // The shuffle tells the compiler that the threads of a warp agree.
-    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, half = warp / 4;
+  // The shuffle tells the compiler that the threads of a warp agree.
+  static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+  // Wait for the kernel before this one and ask for its tokens (HORIZON, kStride), of which the map
+  // has boxes of kTokens rows.
+  static __device__ __forceinline__ void start(const TensorMap& map, Arrivals& arrived) {
+    int warp = Product::warp(), lane = threadIdx.x % 32;
     int first = min(warp, kStages - 1), column = column_at(first);
     char* target = token_tile(first);
     settle(target);  // it is there before the wait
@@ -140,6 +139,13 @@ struct Product {
       for (int i = warp + kWarps; kStages > kWarps && i < kStages; i += kWarps)
         load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
     }
+  }
+
+  // Multiply, do something else while the last products are under way, and leave the sums of the
+  // block's tokens for sum().
+  template <class Meanwhile>
+  static __device__ __forceinline__ void multiply(Arrivals& arrived, const Meanwhile& meanwhile) {
+    int half = warp() / 4, lane = threadIdx.x % 32;
     int group = kGroups == 2 ? half : 0;
     const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
     float acc[kTokens / 2] = {};
@@ -158,6 +164,7 @@ struct Product {
         if (lane == 0) barrier_arrive(arrived.used + place);
       }
     }
+    meanwhile();
     wgmma_wait<0>(acc);
     if (kSplit > 1) cluster_arrive_relaxed();  // nothing of this thread's is read any more
     named_barrier(1, kThreads);  // all tiles are read; the sums take their place
@@ -174,40 +181,53 @@ struct Product {
       own(group, i / 4 * 8 + lane % 4 * 2 + i % 2)[row + i / 2 % 2 * 8] = acc[i];
   }
 
-  // Send every block of the cluster the sums of its tokens.
+  // Send every block of the cluster the sums of its tokens: several blocks at the same time if the
+  // threads suffice for that.
   static __device__ __forceinline__ void exchange(Arrivals& arrived) {
+    constexpr int kItems = kShare * kQuads;  // of a block
+    constexpr int kTeams = kItems > 128 ? 1 : kItems > 64 ? 2 : kItems > 32 ? 4 : 8;
+    constexpr int kTeam = kThreads / kTeams;  // threads
+    int team = warp() / (kTeam / 32), mate = threadIdx.x % kTeam;
     cluster_wait();  // the others have read their tiles, and their barriers count
 #pragma unroll
-    for (int distance = 1; distance < kSplit; distance++) {
+    for (int distance0 = 1; distance0 < kSplit; distance0 += kTeams) {
+      int distance = distance0 + team;
+      if (distance >= kSplit) break;
       int target = (rank() + kSplit - distance) % kSplit, items = tokens_of(target) * kQuads;
       ClusterAddress there = address_in_block(sent(distance, 0), target);
       ClusterAddress barrier = address_in_block(&arrived.sums, target);
 #pragma unroll
-      for (int j = 0; j < kShare * kQuads; j += kThreads) {
-        int i = j + threadIdx.x;
+      for (int j = 0; j < kItems; j += kTeam) {
+        int i = j + mate;
         if (i >= items) break;
-        send(there + i * 16, barrier, of_block(target * kShare + i / kQuads, i % kQuads * 4));
+        int token = target * kShare + i / kQuads;
+        send(there + i * 16, barrier, of_block<float4>(token, i % kQuads * 4));
       }
     }
     barrier_wait_cluster(&arrived.sums);
   }
 
-  // Four neighbouring features of a token, summed over this block's part of K.
-  static __device__ __forceinline__ float4 of_block(int token, int feature) {
-    float4 total = *(const float4*)(own(0, token) + feature);
+  // Two or four neighbouring features of a token, summed over this block's part of K.
+  template <class Values>
+  static __device__ __forceinline__ Values of_block(int token, int feature) {
+    Values total = *(const Values*)(own(0, token) + feature);
     if (kGroups == 1) return total;
-    return add(total, *(const float4*)(own(1, token) + feature));
+    return add(total, *(const Values*)(own(1, token) + feature));
+  }
+  static __device__ __forceinline__ float2 add(float2 a, float2 b) {
+    return make_float2(a.x + b.x, a.y + b.y);
   }
   static __device__ __forceinline__ float4 add(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
   }
 
-  // The same of the i-th of the block's tokens over the whole cluster.
-  static __device__ __forceinline__ float4 sum(int i, int feature) {
-    float4 total = of_block(token0() + i, feature);
+  // The same of the i-th of the block's tokens over the whole cluster, all of K.
+  template <class Values>
+  static __device__ __forceinline__ Values sum(int i, int feature) {
+    Values total = of_block<Values>(token0() + i, feature);
 #pragma unroll
     for (int distance = 1; distance < kSplit; distance++)
-      total = add(total, *(const float4*)(sent(distance, i) + feature));
+      total = add(total, *(const Values*)(sent(distance, i) + feature));
     return total;
   }
 };
