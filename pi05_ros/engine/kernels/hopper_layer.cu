@@ -46,28 +46,25 @@ typedef Product<DOWN_FEATURES, DOWN_DEPTH, DOWN_SPLIT, DOWN_STAGES, MLP, WIDTH> 
 template <class P>
 struct Norm {
   static constexpr int kLanes = SQUARES / 4;  // of a token
-  static constexpr int kLoads = P::kShare * kLanes;
-  static_assert(kLoads <= kThreads && 32 % kLanes == 0, "a quad per thread");
+  static constexpr int kQuads = P::kShare * kLanes;
+  static_assert(kQuads <= kThreads && 32 % kLanes == 0, "a quad per thread");
 
-  float inverse[P::kShare];  // 1 / rms
+  float inverse[P::kShare + 1];  // 1 / rms of the block's tokens; the last is for other threads
 
-  // The last threads load a quad each: the first warps are busy with the tokens.
-  static __device__ __forceinline__ int load() { return (int)threadIdx.x - (kThreads - kLoads); }
-  static __device__ __forceinline__ bool loads() {
-    return load() >= 0 && load() < P::tokens() * kLanes;
+  // The last threads take a quad each, and their neighbours add them up: the first warps ask for
+  // tokens.
+  static __device__ __forceinline__ int quad() { return (int)threadIdx.x - (kThreads - kQuads); }
+
+  // The thread's quad in all sums of squares (HORIZON, SQUARES).
+  static __device__ __forceinline__ const float4* quad_of(const float* squares) {
+    int i = max(quad(), 0), token = min(P::token0() + i / kLanes, HORIZON - 1);
+    return (const float4*)(squares + token * SQUARES) + i % kLanes;
   }
-
-  // The thread's share of the sums of squares (HORIZON, SQUARES).
-  static __device__ __forceinline__ float4 fetch(const float* squares) {
-    float4 quad = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (loads()) quad = __ldcg((const float4*)(squares + P::token0() * SQUARES) + load());
-    return quad;
-  }
-  __device__ __forceinline__ void add_up(float4 quad) {
-    float total = sum_of_quad(quad);
+  __device__ __forceinline__ void add_up(float4 squares) {
+    float total = sum_of_quad(squares);
 #pragma unroll
     for (int step = 1; step < kLanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-    if (loads() && load() % kLanes == 0) inverse[load() / kLanes] = inverse_rms(total);
+    inverse[quad() < 0 ? P::kShare : quad() / kLanes] = inverse_rms(total);
   }
 };
 
@@ -106,9 +103,12 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 3) qkv(
     size_t table = (size_t)(*n_prefix + token) * kHalf + pair0 + row;
     cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
   }
-  Qkv::start(scaled, arrived);
-  float4 quad = norm.fetch(squares);
-  Qkv::multiply(arrived, [&] { norm.add_up(quad); });
+  const float4* quad = norm.quad_of(squares);
+  settle(quad);  // is there before the wait
+  int warp = Qkv::warp();
+  Qkv::start(scaled, arrived, warp);
+  float4 of_quad = __ldcg(quad);
+  Qkv::multiply(arrived, warp, [&] { norm.add_up(of_quad); });
   if (Qkv::surplus()) return;
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
@@ -149,9 +149,12 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 3) gate_up(
   int row = threadIdx.x % kQuads * 4, column = Up::unit() * kColumns + row;
   float4 gate_shift = *(const float4*)(shift + column);
   float4 up_shift = *(const float4*)(shift + MLP + column);
-  Up::start(scaled, arrived);
-  float4 quad = norm.fetch(squares);
-  Up::multiply(arrived, [&] { norm.add_up(quad); });
+  const float4* quad = norm.quad_of(squares);
+  settle(quad);  // is there before the wait
+  int warp = Up::warp();
+  Up::start(scaled, arrived, warp);
+  float4 of_quad = __ldcg(quad);
+  Up::multiply(arrived, warp, [&] { norm.add_up(of_quad); });
   if (Up::surplus()) return;
 #pragma unroll
   for (int j = 0; j < Up::kShare; j += kThreads / kQuads) {
@@ -190,16 +193,20 @@ __device__ __forceinline__ void residual_product(const TensorMap& tokens, const 
     gates[k] = *(const float2*)(gate + column + k * 64);
     scales[k] = *(const float2*)(next_scale + column + k * 64);
   }
-  P::start(tokens, arrived);
-  u32 before[kRounds][kPairs];
+  const u32* rows[kRounds];
 #pragma unroll
   for (int j = 0; j < kRounds; j++) {
     int token = min(P::token0() + j * kWarps + warp, HORIZON - 1);
-#pragma unroll
-    for (int k = 0; k < kPairs; k++)
-      before[j][k] = __ldcg((const u32*)(x + (size_t)token * WIDTH + column + k * 64));
+    rows[j] = (const u32*)(x + (size_t)token * WIDTH + column);
+    settle(rows[j]);  // is there before the wait
   }
-  P::multiply(arrived, [] {});
+  P::start(tokens, arrived, warp);
+  u32 before[kRounds][kPairs];
+#pragma unroll
+  for (int j = 0; j < kRounds; j++)
+#pragma unroll
+    for (int k = 0; k < kPairs; k++) before[j][k] = __ldcg(rows[j] + k * 32);
+  P::multiply(arrived, warp, [] {});
   if (P::surplus()) return;
 #pragma unroll
   for (int j = 0; j < kRounds; j++) {

@@ -40,6 +40,7 @@ struct Product {
   static constexpr int kQuads = kFeatures / 4;
   static constexpr int kShare = (HORIZON + kSplit - 1) / kSplit;  // tokens that a block finishes
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
+  static_assert(kSplit * kShare <= kTokens, "sums for all that a cluster finishes");
   static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
                     kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps,
                 "tiling");
@@ -52,12 +53,11 @@ struct Product {
   static __device__ __forceinline__ int rank() { return blockIdx.x % kSplit; }  // in the cluster
   static __device__ __forceinline__ int unit() { return block() / kSplit; }     // of features
   static __device__ __forceinline__ int feature0() { return unit() * kFeatures; }
-  // The tokens that the block finishes.
+  // The tokens that the block finishes; the last blocks of a cluster may have fewer or none.
   static __device__ __forceinline__ int token0() { return rank() * kShare; }
-  static __device__ __forceinline__ int tokens_of(int rank) {
-    return max(min(kShare, HORIZON - rank * kShare), 0);
+  static __device__ __forceinline__ int tokens() {
+    return max(min(kShare, HORIZON - token0()), 0);
   }
-  static __device__ __forceinline__ int tokens() { return tokens_of(rank()); }
 
   // The step along K that comes at a place of the block's order.
   static __device__ __forceinline__ int step_at(int place) {
@@ -96,7 +96,7 @@ struct Product {
         barrier_expect(arrived.tokens + i, kTokenTileBytes);
       }
       barrier_init(&arrived.sums);
-      if (kSplit > 1) barrier_expect(&arrived.sums, (kSplit - 1) * tokens() * kFeatures * 4);
+      if (kSplit > 1) barrier_expect(&arrived.sums, (kSplit - 1) * kShare * kFeatures * 4);
       barrier_init_done();
     }
     __syncthreads();  // the barriers exist
@@ -123,19 +123,19 @@ struct Product {
     }
   }
 
-  // The shuffle tells the compiler that the threads of a warp agree.
+  // The thread's warp. The shuffle tells the compiler that the threads of a warp agree.
   static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
   // Wait for the kernel before this one and ask for its tokens (HORIZON, kStride), of which the map
   // has boxes of kTokens rows.
-  static __device__ __forceinline__ void start(const TensorMap& map, Arrivals& arrived) {
-    int warp = Product::warp(), lane = threadIdx.x % 32;
-    int first = min(warp, kStages - 1), column = column_at(first);
+  static __device__ __forceinline__ void start(const TensorMap& map, Arrivals& arrived, int warp) {
+    int first = min(warp, kStages - 1), column = column_at(first), lane = threadIdx.x % 32;
     char* target = token_tile(first);
-    settle(target);  // it is there before the wait
+    u64* barrier = arrived.tokens + first;
+    settle_shared(target), settle_shared(barrier), settle(column);  // are there before the wait
     wait_for_previous();
     if (lane == 0 && warp < kStages) {
-      load_tile(target, &map, column, 0, arrived.tokens + warp);
+      load_tile(target, &map, column, 0, barrier);
       for (int i = warp + kWarps; kStages > kWarps && i < kStages; i += kWarps)
         load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
     }
@@ -144,8 +144,9 @@ struct Product {
   // Multiply, do something else while the last products are under way, and leave the sums of the
   // block's tokens for sum().
   template <class Meanwhile>
-  static __device__ __forceinline__ void multiply(Arrivals& arrived, const Meanwhile& meanwhile) {
-    int half = warp() / 4, lane = threadIdx.x % 32;
+  static __device__ __forceinline__ void multiply(Arrivals& arrived, int warp,
+                                                  const Meanwhile& meanwhile) {
+    int half = warp / 4, lane = threadIdx.x % 32;
     int group = kGroups == 2 ? half : 0;
     const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
     float acc[kTokens / 2] = {};
@@ -170,7 +171,7 @@ struct Product {
     named_barrier(1, kThreads);  // all tiles are read; the sums take their place
     keep(acc, group, kGroups == 2 ? 0 : half * 64);
     named_barrier(1, kThreads);
-    if (kSplit > 1) exchange(arrived);
+    if (kSplit > 1) exchange(arrived, warp);
   }
 
   static __device__ __forceinline__ void keep(const float (&acc)[kTokens / 2], int group,
@@ -181,25 +182,26 @@ struct Product {
       own(group, i / 4 * 8 + lane % 4 * 2 + i % 2)[row + i / 2 % 2 * 8] = acc[i];
   }
 
-  // Send every block of the cluster the sums of its tokens: several blocks at the same time if the
-  // threads suffice for that.
-  static __device__ __forceinline__ void exchange(Arrivals& arrived) {
-    constexpr int kItems = kShare * kQuads;  // of a block
+  // Send every block of the cluster the sums of its tokens, with those behind the last one too.
+  // Warps send to several blocks at the same time if they suffice for that.
+  static __device__ __forceinline__ void exchange(Arrivals& arrived, int warp) {
+    constexpr int kItems = kShare * kQuads;  // for a block
     constexpr int kTeams = kItems > 128 ? 1 : kItems > 64 ? 2 : kItems > 32 ? 4 : 8;
     constexpr int kTeam = kThreads / kTeams;  // threads
-    int team = warp() / (kTeam / 32), mate = threadIdx.x % kTeam;
+    constexpr int kTurns = (kSplit - 2 + kTeams) / kTeams, kOfTurn = (kItems + kTeam - 1) / kTeam;
+    int team = warp / (kTeam / 32), mate = threadIdx.x % kTeam;
     cluster_wait();  // the others have read their tiles, and their barriers count
 #pragma unroll
-    for (int distance0 = 1; distance0 < kSplit; distance0 += kTeams) {
-      int distance = distance0 + team;
+    for (int turn = 0; turn < kTurns; turn++) {
+      int distance = 1 + turn * kTeams + team;
       if (distance >= kSplit) break;
-      int target = (rank() + kSplit - distance) % kSplit, items = tokens_of(target) * kQuads;
+      int target = (u32)(rank() + kSplit - distance) % kSplit;
       ClusterAddress there = address_in_block(sent(distance, 0), target);
       ClusterAddress barrier = address_in_block(&arrived.sums, target);
 #pragma unroll
-      for (int j = 0; j < kItems; j += kTeam) {
-        int i = j + mate;
-        if (i >= items) break;
+      for (int j = 0; j < kOfTurn; j++) {
+        int i = j * kTeam + mate;
+        if (i >= kItems) break;
         int token = target * kShare + i / kQuads;
         send(there + i * 16, barrier, of_block<float4>(token, i % kQuads * 4));
       }

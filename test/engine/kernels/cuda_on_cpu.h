@@ -128,7 +128,11 @@ static inline void send(ClusterAddress variable, ClusterAddress barrier, float4 
   });
 }
 static inline void settle(const void* address) {
-  if (!address) cpu::fail("settle: there is nothing at a null pointer");
+  if (!address) cpu::fail("settle: a null pointer");
+}
+static inline void settle_shared(const void* address) { settle(address); }
+static inline void settle(int number) {
+  if (number < 0) cpu::fail("settle: a negative number");
 }
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {

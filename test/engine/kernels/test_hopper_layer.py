@@ -245,7 +245,7 @@ def test_attention_sees_prefix_and_suffix(kernels, prefix):
 
 @pytest.fixture
 def step_end(kernels):
-    """Return a function that runs a step's end and returns x_t, x, scaled x and squares after it."""
+    """Return a function that runs a step's end and returns x_t, x, scaled x and squares."""
     h, width, plan = kernels.horizon, _EXPERT.width, _PLANS[kernels.horizon]
     w_out, b_out = torch.randn(_ACTIONS, width) * width**-0.5, torch.randn(_ACTIONS)
     w_in, b_in = torch.randn(width, _ACTIONS) * _ACTIONS**-0.5, torch.randn(width)
