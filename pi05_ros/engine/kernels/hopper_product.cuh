@@ -42,7 +42,7 @@ struct Product {
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
   static_assert(kSplit * kShare <= kTokens, "sums for all that a cluster finishes");
   static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
-                    kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps,
+                    (kSplit & (kSplit - 1)) == 0 && kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps,
                 "tiling");
 
   // The block's part of the product. A grid may be larger than the product, to have a block on
@@ -108,7 +108,7 @@ struct Product {
   // Then the tokens that take the place of weights.
   static __device__ __forceinline__ void bring(const bf16* packed, const TensorMap& map,
                                                Arrivals& arrived) {
-    if (threadIdx.x != kThreads) return;
+    if (!elected()) return;
     const char* source = (const char*)packed + (size_t)block() * kSteps * kStepBytes;
     for (int i = 0; i < kSteps; i++) {
       if (i >= kInFlight) barrier_wait(arrived.weights + i - kInFlight);
@@ -129,12 +129,12 @@ struct Product {
   // Wait for the kernel before this one and ask for its tokens (HORIZON, kStride), of which the map
   // has boxes of kTokens rows.
   static __device__ __forceinline__ void start(const TensorMap& map, Arrivals& arrived, int warp) {
-    int first = min(warp, kStages - 1), column = column_at(first), lane = threadIdx.x % 32;
+    int first = min(warp, kStages - 1), column = column_at(first);
     char* target = token_tile(first);
     u64* barrier = arrived.tokens + first;
     settle_shared(target), settle_shared(barrier), settle(column);  // are there before the wait
     wait_for_previous();
-    if (lane == 0 && warp < kStages) {
+    if (warp < kStages && elected()) {
       load_tile(target, &map, column, 0, barrier);
       for (int i = warp + kWarps; kStages > kWarps && i < kStages; i += kWarps)
         load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
@@ -190,23 +190,32 @@ struct Product {
     constexpr int kTeam = kThreads / kTeams;  // threads
     constexpr int kTurns = (kSplit - 2 + kTeams) / kTeams, kOfTurn = (kItems + kTeam - 1) / kTeam;
     int team = warp / (kTeam / 32), mate = threadIdx.x % kTeam;
+    float4 values[kTurns][kOfTurn];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++)
+#pragma unroll
+      for (int j = 0; j < kOfTurn; j++) {
+        int i = min(j * kTeam + mate, kItems - 1);
+        int token = rank_below(1 + turn * kTeams + team) * kShare + i / kQuads;
+        values[turn][j] = of_block<float4>(token, i % kQuads * 4);
+      }
     cluster_wait();  // the others have read their tiles, and their barriers count
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
       int distance = 1 + turn * kTeams + team;
       if (distance >= kSplit) break;
-      int target = (u32)(rank() + kSplit - distance) % kSplit;
-      ClusterAddress there = address_in_block(sent(distance, 0), target);
-      ClusterAddress barrier = address_in_block(&arrived.sums, target);
+      ClusterAddress there = address_in_block(sent(distance, 0), rank_below(distance));
+      ClusterAddress barrier = address_in_block(&arrived.sums, rank_below(distance));
 #pragma unroll
-      for (int j = 0; j < kOfTurn; j++) {
-        int i = j * kTeam + mate;
-        if (i >= kItems) break;
-        int token = target * kShare + i / kQuads;
-        send(there + i * 16, barrier, of_block<float4>(token, i % kQuads * 4));
-      }
+      for (int j = 0; j < kOfTurn; j++)
+        if (j * kTeam + mate < kItems)
+          send(there + (j * kTeam + mate) * 16, barrier, values[turn][j]);
     }
     barrier_wait_cluster(&arrived.sums);
+  }
+  // The rank that is so much lower, around the end.
+  static __device__ __forceinline__ int rank_below(int distance) {
+    return (u32)(rank() - distance) % kSplit;
   }
 
   // Two or four neighbouring features of a token, summed over this block's part of K.

@@ -131,6 +131,7 @@ static inline void barrier_arrive(u64* barrier, u32 rank) {
 }
 static inline void barrier_wait(u64* barrier, u32 parity) { cpu::wait(barrier, parity); }
 
+static inline bool elected() { return threadIdx.x % 32 == 0; }
 static inline void fetch_map(const TensorMap*) {}
 static inline void load_tile(void* target, const TensorMap* map, int column, int row,
                              u64* barrier) {
