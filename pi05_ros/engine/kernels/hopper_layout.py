@@ -47,7 +47,7 @@ class Slab:
     depth: int
     split: int = 1
     least_bytes: int = 0  # of shared memory
-    token_bytes: int = 28 * 1024  # of shared memory for tokens, of which one step always has room
+    token_bytes: int = 28 * 1024  # of it for tokens; there always is room for a step per group
 
     def blocks(self, rows: int, columns: int) -> int:
         """Return the number of blocks for weights of (rows, columns)."""
@@ -56,13 +56,18 @@ class Slab:
     def stages(self, horizon: int) -> int:
         """Return the steps along K whose tokens have room beside all weights."""
         room = self.token_bytes // (2 * TILE_COLUMNS * token_rows(horizon))
-        return min(self.depth // TILE_COLUMNS, max(1, room))
+        groups = self.groups()
+        return min(self.depth // TILE_COLUMNS, max(1, room // groups) * groups)
+
+    def groups(self) -> int:
+        """Return the groups of warps that share out the steps along K."""
+        return 2 if self.features == 64 else 1
 
     def shared_bytes(self, horizon: int) -> int:
         """Return the shared memory of a block: weights and tokens, then sums in their place."""
         tokens = token_rows(horizon)
         of_tokens = self.stages(horizon) * 2 * TILE_COLUMNS * tokens
-        own = 4 * (2 if self.features == 64 else 1) * tokens * (self.features + 4)
+        own = 4 * self.groups() * tokens * (self.features + 4)
         sent = 4 * (self.split - 1) * -(-horizon // self.split) * self.features
         needed = max(2 * self.features * self.depth + of_tokens, own + sent) + _TILE_ALIGN
         return max(needed, self.least_bytes)

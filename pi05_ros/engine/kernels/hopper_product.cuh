@@ -18,7 +18,7 @@ static_assert(kTokenTileBytes <= kWeightTileBytes, "tokens take the place of wei
 
 struct Arrivals {  // barriers, each used once
   u64 weights[kMaxSteps], tokens[kMaxSteps];  // of a step
-  u64 used[kMaxSteps];                        // a step's weights have been read
+  u64 used[kMaxSteps];                        // a step's weights and tokens have been read
   u64 sums;                                   // what the other blocks of the cluster send
 };
 
@@ -26,7 +26,7 @@ struct Arrivals {  // barriers, each used once
 // features if there are 128, and the steps along K if there are 64. The kSplit blocks of a cluster
 // have the same features and neighbouring parts of K, together all of it; each adds up and finishes
 // some tokens. Tokens of kStages steps have room of their own; those of later steps take the place
-// of weights that have been used.
+// of weights and tokens that have been used.
 template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kStride, int kRows>
 struct Product {
   static constexpr int kFeatures = kFeatures_, kDepth = kDepth_, kSplit = kSplit_;
@@ -34,7 +34,9 @@ struct Product {
   static constexpr int kUnits = kRows / kFeatures, kBlocks = kUnits * kSplit;
   static constexpr int kGroups = kFeatures == 64 ? 2 : 1;  // of warps, which split the steps
   static constexpr int kTilesOfStep = kFeatures / 64, kStepBytes = kTilesOfStep * kWeightTileBytes;
-  static constexpr int kGivenBack = (kSteps - kStages + kTilesOfStep - 1) / kTilesOfStep;  // steps
+  static constexpr int kTurns = kSteps / kGroups, kOwnTurns = kStages / kGroups;  // of a group
+  static constexpr int kRoomOfTurn = kTilesOfStep + 1;  // for tokens, once it is over
+  static constexpr int kGivenBack = (kTurns - kOwnTurns + kRoomOfTurn - 1) / kRoomOfTurn;  // turns
   static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
   static constexpr int kQuads = kFeatures / 4;
@@ -42,7 +44,8 @@ struct Product {
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
   static_assert(kSplit * kShare <= kTokens, "sums for all that a cluster finishes");
   static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
-                    (kSplit & (kSplit - 1)) == 0 && kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps,
+                    (kSplit & (kSplit - 1)) == 0 && kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps &&
+                    kStages % kGroups == 0,
                 "tiling");
 
   // The block's part of the product. A grid may be larger than the product, to have a block on
@@ -72,10 +75,23 @@ struct Product {
   static __device__ __forceinline__ char* weight_tiles() {
     return (char*)shared_memory + (0 - (u32)(u64)shared_memory) % 1024;  // seen to be shared
   }
-  static __device__ __forceinline__ char* token_tile(int place) {
-    if (kStages == kSteps || place < kStages)
-      return weight_tiles() + kSteps * kStepBytes + place * kTokenTileBytes;
-    return weight_tiles() + (place - kStages) * kWeightTileBytes;
+  // The tokens of a place that have room of their own.
+  static __device__ __forceinline__ char* first_tokens(int place) {
+    return weight_tiles() + kSteps * kStepBytes + place * kTokenTileBytes;
+  }
+  // The tokens of a group's turn, which may take the place of what the group is done with.
+  static __device__ __forceinline__ char* tokens_of(int turn, int group) {
+    while (turn >= kOwnTurns) {
+      int tile = (turn - kOwnTurns) % kRoomOfTurn;
+      turn = room_of(turn);
+      if (tile < kTilesOfStep)
+        return weight_tiles() + (turn * kGroups + group) * kStepBytes + tile * kWeightTileBytes;
+    }
+    return first_tokens(turn * kGroups + group);
+  }
+  // The turn that gives another one room.
+  static __device__ __forceinline__ int room_of(int turn) {
+    return (turn - kOwnTurns) / kRoomOfTurn;
   }
   static __device__ __forceinline__ float* own(int group, int token) {
     return (float*)weight_tiles() + (group * kTokens + token) * kLdSum;
@@ -105,7 +121,7 @@ struct Product {
   static __device__ __forceinline__ bool brings() { return threadIdx.x >= kThreads; }
 
   // Bring the block's weights, few at once: what other kernels wait for would queue behind them.
-  // Then the tokens that take the place of weights.
+  // Then the tokens that take the place of others.
   static __device__ __forceinline__ void bring(const bf16* packed, const TensorMap& map,
                                                Arrivals& arrived) {
     if (!elected()) return;
@@ -118,8 +134,9 @@ struct Product {
     if (kStages == kSteps) return;
     wait_for_previous();
     for (int i = kStages; i < kSteps; i++) {
-      barrier_wait(arrived.used + (i - kStages) / kTilesOfStep);
-      load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
+      int turn = i / kGroups, group = i % kGroups;
+      barrier_wait(arrived.used + room_of(turn) * kGroups + group);
+      load_tile(tokens_of(turn, group), &map, column_at(i), 0, arrived.tokens + i);
     }
   }
 
@@ -130,14 +147,14 @@ struct Product {
   // has boxes of kTokens rows.
   static __device__ __forceinline__ void start(const TensorMap& map, Arrivals& arrived, int warp) {
     int first = min(warp, kStages - 1), column = column_at(first);
-    char* target = token_tile(first);
+    char* target = first_tokens(first);
     u64* barrier = arrived.tokens + first;
     settle_shared(target), settle_shared(barrier), settle(column);  // are there before the wait
     wait_for_previous();
     if (warp < kStages && elected()) {
       load_tile(target, &map, column, 0, barrier);
       for (int i = warp + kWarps; kStages > kWarps && i < kStages; i += kWarps)
-        load_tile(token_tile(i), &map, column_at(i), 0, arrived.tokens + i);
+        load_tile(first_tokens(i), &map, column_at(i), 0, arrived.tokens + i);
     }
   }
 
@@ -151,16 +168,16 @@ struct Product {
     const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
     float acc[kTokens / 2] = {};
 #pragma unroll
-    for (int i = 0; i < kSteps / kGroups; i++) {
+    for (int i = 0; i < kTurns; i++) {
       int place = i * kGroups + group;
       barrier_wait(arrived.weights + place);
       barrier_wait(arrived.tokens + place);
-      u64 a = tile_operand(weights + place * kStepBytes), b = tile_operand(token_tile(place));
+      u64 a = tile_operand(weights + place * kStepBytes), b = tile_operand(tokens_of(i, group));
       wgmma_begin();
 #pragma unroll
       for (int k = 0; k < kStepColumns / 16; k++) wgmma<kTokens>(acc, a + k * 2, b + k * 2);
       wgmma_commit();
-      if (i * kGroups < kGivenBack) {
+      if (i < kGivenBack) {
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(arrived.used + place);
       }
