@@ -19,6 +19,7 @@ static_assert(kTokenTileBytes <= kWeightTileBytes, "tokens take the place of wei
 struct Arrivals {  // barriers, each used once
   u64 weights[kMaxSteps], tokens[kMaxSteps];  // of a step
   u64 used[kMaxSteps];                        // a step's weights and tokens have been read
+  u64 held[2];                                // a group has its first weights in registers
   u64 sums;                                   // what the other blocks of the cluster send
 };
 
@@ -26,7 +27,7 @@ struct Arrivals {  // barriers, each used once
 // features if there are 128, and the steps along K if there are 64. The kSplit blocks of a cluster
 // have the same features and neighbouring parts of K, together all of it; each adds up and finishes
 // some tokens. Tokens of kStages steps have room of their own; those of later steps take the place
-// of weights and tokens that have been used.
+// of the first weights, which wait in registers, and of weights and tokens that have been used.
 template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kStride, int kRows>
 struct Product {
   static constexpr int kFeatures = kFeatures_, kDepth = kDepth_, kSplit = kSplit_;
@@ -37,6 +38,8 @@ struct Product {
   static constexpr int kTurns = kSteps / kGroups, kOwnTurns = kStages / kGroups;  // of a group
   static constexpr int kRoomOfTurn = kTilesOfStep + 1;  // for tokens, once it is over
   static constexpr int kGivenBack = (kTurns - kOwnTurns + kRoomOfTurn - 1) / kRoomOfTurn;  // turns
+  // Whether the first weights wait in registers; with 64 tokens there are too few.
+  static constexpr bool kHolds = kGivenBack > 0 && kTokens < 64;
   static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
   static constexpr int kQuads = kFeatures / 4;
@@ -89,9 +92,13 @@ struct Product {
     }
     return first_tokens(turn * kGroups + group);
   }
-  // The turn that gives another one room.
+  // The turn that gives another one room, and the barrier that says so.
   static __device__ __forceinline__ int room_of(int turn) {
     return (turn - kOwnTurns) / kRoomOfTurn;
+  }
+  static __device__ __forceinline__ u64* has_room(Arrivals& arrived, int turn, int group) {
+    bool of_held = kHolds && turn - kOwnTurns < kTilesOfStep;
+    return of_held ? arrived.held + group : arrived.used + room_of(turn) * kGroups + group;
   }
   static __device__ __forceinline__ float* own(int group, int token) {
     return (float*)weight_tiles() + (group * kTokens + token) * kLdSum;
@@ -111,6 +118,7 @@ struct Product {
         barrier_expect(arrived.weights + i, kStepBytes);
         barrier_expect(arrived.tokens + i, kTokenTileBytes);
       }
+      for (int i = 0; i < kGroups; i++) barrier_init(arrived.held + i, kThreads / 32 / kGroups);
       barrier_init(&arrived.sums);
       if (kSplit > 1) barrier_expect(&arrived.sums, (kSplit - 1) * kShare * kFeatures * 4);
       barrier_init_done();
@@ -135,7 +143,7 @@ struct Product {
     wait_for_previous();
     for (int i = kStages; i < kSteps; i++) {
       int turn = i / kGroups, group = i % kGroups;
-      barrier_wait(arrived.used + room_of(turn) * kGroups + group);
+      barrier_wait(has_room(arrived, turn, group));
       load_tile(tokens_of(turn, group), &map, column_at(i), 0, arrived.tokens + i);
     }
   }
@@ -167,15 +175,24 @@ struct Product {
     int group = kGroups == 2 ? half : 0;
     const char* weights = weight_tiles() + (kGroups == 2 ? 0 : half * kWeightTileBytes);
     float acc[kTokens / 2] = {};
+    u32 held[kStepColumns / 16][4];
+    if (kHolds) {
+      barrier_wait(arrived.weights + group);
+      hold(held, weights + group * kStepBytes, warp);
+      if (lane == 0) barrier_arrive(arrived.held + group);
+    }
 #pragma unroll
     for (int i = 0; i < kTurns; i++) {
       int place = i * kGroups + group;
-      barrier_wait(arrived.weights + place);
+      if (!kHolds || i > 0) barrier_wait(arrived.weights + place);
       barrier_wait(arrived.tokens + place);
       u64 a = tile_operand(weights + place * kStepBytes), b = tile_operand(tokens_of(i, group));
       wgmma_begin();
 #pragma unroll
-      for (int k = 0; k < kStepColumns / 16; k++) wgmma<kTokens>(acc, a + k * 2, b + k * 2);
+      for (int k = 0; k < kStepColumns / 16; k++) {
+        if (kHolds && i == 0) wgmma<kTokens>(acc, held[k], b + k * 2);
+        else wgmma<kTokens>(acc, a + k * 2, b + k * 2);
+      }
       wgmma_commit();
       if (i < kGivenBack) {
         wgmma_wait<0>();
@@ -189,6 +206,16 @@ struct Product {
     keep(acc, group, kGroups == 2 ? 0 : half * 64);
     named_barrier(1, kThreads);
     if (kSplit > 1) exchange(arrived, warp);
+  }
+
+  // A warp's 16 rows of a tile of weights, as wgmma takes them from registers.
+  static __device__ __forceinline__ void hold(u32 (&held)[kStepColumns / 16][4], const char* tile,
+                                              int warp) {
+    int lane = threadIdx.x % 32, row = warp % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < kStepColumns / 16; k++)
+      load_matrix4(held[k], tile + row * 128 + ((k * 2 + lane / 16) ^ (row % 8)) * 16);
+    __syncwarp();
   }
 
   static __device__ __forceinline__ void keep(const float (&acc)[kTokens / 2], int group,

@@ -181,6 +181,13 @@ WGMMA(256, 128, 128, 129)
                  : SUMS_##SUMS                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
   }
+WGMMA_REGISTERS(wgmma, 8, 4, 4, 5, 6, 7, 8, 0)
+WGMMA_REGISTERS(wgmma, 16, 8, 8, 9, 10, 11, 12, 0)
+WGMMA_REGISTERS(wgmma, 24, 12, 12, 13, 14, 15, 16, 0)
+WGMMA_REGISTERS(wgmma, 32, 16, 16, 17, 18, 19, 20, 0)
+WGMMA_REGISTERS(wgmma, 40, 20, 20, 21, 22, 23, 24, 0)
+WGMMA_REGISTERS(wgmma, 48, 24, 24, 25, 26, 27, 28, 0)
+WGMMA_REGISTERS(wgmma, 56, 28, 28, 29, 30, 31, 32, 0)
 WGMMA_REGISTERS(wgmma, 64, 32, 32, 33, 34, 35, 36, 0)
 WGMMA_REGISTERS(wgmma_rows, 256, 128, 128, 129, 130, 131, 132, 1)
 
