@@ -21,6 +21,7 @@ _SMALL = replace(
     expert=replace(_FULL.expert, width=256, depth=2, mlp_dim=512, num_heads=4),
     vlm=replace(_FULL.vlm, depth=2, num_heads=4),
 )
+_DEEP = replace(_FULL, expert=replace(_FULL.expert, mlp_dim=10240))
 
 
 def _buffers(horizon: int = 50, prefix: int = 768, dtype: torch.dtype = torch.bfloat16):
@@ -53,6 +54,7 @@ def test_the_released_expert_fits_a_hopper_gpu(hopper, horizon, prefix):
         (_FULL, _buffers(horizon=65), 'a horizon up to 64, not 65'),
         (_FULL, _buffers(prefix=4096), r'a block needs \d+ bytes of shared memory'),
         (_SMALL, _buffers(), 'made for the released expert'),
+        (_DEEP, _buffers(), 'made for the released expert'),
     ],
 )
 def test_what_does_not_fit_is_said(hopper, config, buffers, reason):

@@ -8,11 +8,12 @@
 //   step_end        x_t += dt (W_out adarms(x) + b);  x = W_in x_t + b, in clusters, once per step
 //
 // The norm costs no pass (small_gemm.py): whoever writes x also writes scaled = x * (1 + scale) of
-// the next norm and the sums of squares of its columns; the kernel behind the norm multiplies
-// sums over scaled by 1 / rms and adds shift W^T, a constant of the step.
+// the next norm and the sums of squares of its columns; the kernel behind the norm multiplies its
+// sums by 1 / rms and adds shift W^T, a constant of the step.
 //
-// A kernel that starts early may write what earlier ones read: it waits in every thread that
-// writes, and the kernel before it has not completed before it saw its own predecessor complete.
+// A kernel starts early, when some before it may still read what it writes, or write what it reads.
+// So every thread waits for the kernel before it ahead of all that: that one is complete then, and,
+// as it waited too, so are all kernels before it. Only what no kernel writes is read ahead.
 //
 // Why not Triton: with a few dozen rows a product waits for three things: its weights from device
 // memory, its activations from L2, and the kernel before it. Here every block has its weights in
@@ -28,7 +29,8 @@
 // *_FEATURES and *_DEPTH of K per block, *_SPLIT blocks of a cluster along K, *_STAGES steps of K
 // whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows per cluster,
 // RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster of END_BLOCKS
-// at a step's end; SQUARES parts of a sum of squares. Storage is bfloat16, held as unsigned short; sums are float32.
+// at a step's end; SQUARES parts of a sum of squares. Storage is bfloat16, held as unsigned short;
+// sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"

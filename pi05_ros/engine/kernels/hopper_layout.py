@@ -21,6 +21,7 @@ _MAX_HORIZON = 64
 _RANGES = 8  # of keys: blocks of a cluster; more than 8 are not portable
 _BLOCK_BYTES = 224 * 1024  # dynamic shared memory of a block, beside what the kernels declare
 TILE_COLUMNS = 64  # of K: of a tile, and of a step
+_MAX_DEPTH = 16 * TILE_COLUMNS  # of a block; it has a barrier per step
 _UNIT = 8  # rows and 16-byte chunks of a row that the swizzle exchanges
 _TILE_ALIGN = 1024
 # Shared memory that a block asks for at least. A kernel that starts early finds some
@@ -151,6 +152,7 @@ def hopper_misfit(
         or expert.width != 1024
         or expert.mlp_dim % 2048
         or expert.num_heads * expert.head_dim % 1024
+        or max(expert.mlp_dim, expert.num_heads * expert.head_dim) > 8 * _MAX_DEPTH
         or config.action_dim % 4
         or config.action_dim > 48
     ):

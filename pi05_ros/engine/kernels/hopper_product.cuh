@@ -45,11 +45,10 @@ struct Product {
   static constexpr int kQuads = kFeatures / 4;
   static constexpr int kShare = (HORIZON + kSplit - 1) / kSplit;  // tokens that a block finishes
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
-  static_assert(kSplit * kShare <= kTokens, "sums for all that a cluster finishes");
-  static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0 &&
-                    (kSplit & (kSplit - 1)) == 0 && kStride == kDepth * kSplit && kSteps <= kMaxSteps && kStages <= kSteps &&
-                    kStages % kGroups == 0,
-                "tiling");
+  static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0, "tiling");
+  static_assert(kSteps <= kMaxSteps && kStages <= kSteps && kStages % kGroups == 0, "steps");
+  static_assert(kStride == kDepth * kSplit && (kSplit & (kSplit - 1)) == 0, "all of K");
+  static_assert(kSplit * kShare <= kTokens, "there are sums of all that a cluster finishes");
 
   // The block's part of the product. A grid may be larger than the product, to have a block on
   // every multiprocessor: those of the next kernel, which start early, then spread evenly.
@@ -97,7 +96,7 @@ struct Product {
     return (turn - kOwnTurns) / kRoomOfTurn;
   }
   static __device__ __forceinline__ u64* has_room(Arrivals& arrived, int turn, int group) {
-    bool of_held = kHolds && turn - kOwnTurns < kTilesOfStep;
+    bool of_held = kHolds && turn - kOwnTurns < kTilesOfStep;  // of the first weights
     return of_held ? arrived.held + group : arrived.used + room_of(turn) * kGroups + group;
   }
   static __device__ __forceinline__ float* own(int group, int token) {

@@ -78,7 +78,7 @@ def test_steps_of_layers_match_the_plain_twin(stage):
     stage.launch(_STEPS)
     expected = stage.eager(_STEPS)
     error = (stage.actions - expected).norm() / (expected - stage.noise).norm()
-    assert error < 0.01, f'relative error {error:.4f}'
+    assert error < 0.006, f'relative error {error:.4f}'
     once = stage.actions.clone()
     stage.launch(_STEPS)
     assert torch.equal(stage.actions, once)
