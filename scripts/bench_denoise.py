@@ -170,14 +170,11 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def kernel_chains(stage: DenoiseStage) -> dict[str, Callable[[int], None]]:
     """Return one enqueue function per kernel of a layer, taking the layer."""
     kernels = stage.chain if isinstance(stage.chain, HopperChain) else stage.chain.layer
-    names = (
-        'qkv', 'attend', 'merge', 'attention_out', 'residual_attention', 'gate_up', 'down',
-        'residual_mlp',
-    )  # fmt: skip
+    names = ('qkv', 'attend', 'merge', 'attention_out', 'gate_up', 'down')
     launches = {
         name: getattr(kernels, f'launch_{name}')
         for name in names
-        if hasattr(kernels, f'launch_{name}')  # the residuals are the Hopper kernels' alone
+        if hasattr(kernels, f'launch_{name}')  # the Hopper kernels merge in the attention
     }
     row = 0
     return {

@@ -49,8 +49,8 @@ class ExpertLayer:
         self.row_block = row_block(self.horizon)
         self.pdl = tuning.pdl and has_pdl(buffers.x.device)
         mods = weights.modulations
-        self._qkv_shift = _shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
-        self._gate_up_shift = _shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
+        self._qkv_shift = shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
+        self._gate_up_shift = shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
         self._plan()
 
     def launch(self, row: int, layer: int) -> None:
@@ -173,7 +173,7 @@ class ExpertLayer:
         )  # fmt: skip
 
 
-def _shift_products(shifts: Tensor, weights: Tensor) -> Tensor:
+def shift_products(shifts: Tensor, weights: Tensor) -> Tensor:
     """Return shift @ weight^T (rows, L, N) float32, for shifts (rows, L, W), weights (L, N, W)."""
     products = [shifts[:, i] @ weight.float().T for i, weight in enumerate(weights)]
     return torch.stack(products, dim=1)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pi05_ros.engine.denoise_layers import LayerBuffers
+from pi05_ros.engine.denoise_layers import LayerBuffers, shift_products
 from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.engine.kernels import hopper_layout
-from pi05_ros.engine.kernels.adarms import GATE, table_row
-from pi05_ros.engine.kernels.hopper_layout import PRODUCTS, THREADS
-from pi05_ros.engine.kernels.nvrtc import CudaKernel, compile_module
+from pi05_ros.engine.kernels.adarms import GATE, SCALE, SHIFT, table_row
+from pi05_ros.engine.kernels.hopper_layout import PRODUCT_THREADS, PRODUCTS, THREADS, token_rows
+from pi05_ros.engine.kernels.nvrtc import CudaKernel, TensorTiles, compile_module
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.sampler import step_size
 
@@ -35,9 +35,9 @@ def hopper_obstacle(config: Pi05Config, buffers: LayerBuffers) -> str | None:
 
 
 class HopperChain:
-    """Eight kernels; each is enqueued to start while the one before it still runs.
+    """Six kernels; each is enqueued to start while the one before it still runs.
 
-    ``buffers.scaled`` holds the norm of ``buffers.x``.
+    ``buffers.scaled`` holds x * (1 + scale) of the next norm.
     """
 
     backend = 'cuda-hopper'
@@ -64,13 +64,20 @@ class HopperChain:
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        heads = expert.num_heads * expert.head_dim
-        out_ranges = heads // plan.attention_out.depth
-        mlp_ranges = expert.mlp_dim // plan.down.depth
-        self._attention_partials = floats(out_ranges, self.horizon, expert.width)
-        self._mlp_partials = floats(mlp_ranges, self.horizon, expert.width)
+        squares = floats(3, self.horizon, plan.square_parts(expert.width))
+        self._entry_squares, self._attention_squares, self._mlp_squares = squares
+        mods = weights.modulations
+        self._qkv_shift = shift_products(mods[:, 0:-1:2, SHIFT], weights.qkv)
+        self._gate_up_shift = shift_products(mods[:, 1:-1:2, SHIFT], weights.gate_up)
+        self._velocity_bias = weights.action_out_bias + mods[:, -1, SHIFT] @ weights.action_out.T
         self._scale = expert.head_dim**-0.5 * math.log2(math.e)
         self._kernels = self._compile()
+
+        def tiles(matrix: Tensor) -> TensorTiles:
+            return TensorTiles(matrix, token_rows(self.horizon), hopper_layout.TILE_COLUMNS)
+
+        self._scaled, self._attended = tiles(buffers.scaled), tiles(buffers.attended)
+        self._activated = tiles(buffers.activated)
 
     def weights(self) -> ExpertWeights:
         """Return the weights as the checkpoint has them, a copy."""
@@ -89,23 +96,21 @@ class HopperChain:
                 plan.attend_blocks(expert, horizon), THREADS, plan.attend_bytes(expert.head_dim),
                 plan.ranges,
             ),
-            'residual_attention': (horizon, expert.width // 4, 0),
-            'residual_mlp': (horizon, expert.width // 4, 0),
             'step_end': (plan.step_end_blocks(horizon), THREADS, 0, plan.end_blocks),
         }  # fmt: skip
         for name in PRODUCTS:
             slab = getattr(plan, name)
             blocks = slab.blocks(*getattr(self._packed, name).shape[1:])
             if name in _SPREAD:
-                blocks = max(blocks, _processors(device))
-            shapes[name] = (blocks, THREADS, slab.shared_bytes(horizon))
+                blocks = max(blocks, _processors(device) // slab.split * slab.split)
+            shapes[name] = (blocks, PRODUCT_THREADS, slab.shared_bytes(horizon), slab.split)
         return {name: CudaKernel(module, name, *shape) for name, shape in shapes.items()}
 
     def launch_begin(self, num_steps: int) -> None:
         """Enqueue the projection of the noise into the residual stream."""
         # Not early: everything enqueued before, such as the prefill, is complete after it.
         first = table_row(num_steps, 0)
-        self._launch_step_end(self._noise, first, 0.0, leave=False, enter=True, early=False)
+        self._launch_step_end(self._noise, first, first, 0.0, leave=False, enter=True, early=False)
 
     def launch_layer(self, num_steps: int, step: int, layer: int) -> None:
         """Enqueue one layer of one step."""
@@ -113,23 +118,26 @@ class HopperChain:
         self.launch_qkv(row, layer)
         self.launch_attend(row, layer)
         self.launch_attention_out(row, layer)
-        self.launch_residual_attention(row, layer)
         self.launch_gate_up(row, layer)
         self.launch_down(row, layer)
-        self.launch_residual_mlp(row, layer)
 
     def launch_step_end(self, num_steps: int, step: int) -> None:
         """Enqueue the Euler update and, unless it was the last step, the next step's input."""
         source = self._noise if step == 0 else self._actions
-        enter = step + 1 < num_steps
-        row = table_row(num_steps, step + 1 if enter else step)
-        dt = float(step_size(num_steps))
-        self._launch_step_end(source, row, dt, leave=True, enter=enter, early=True)
+        row, following = table_row(num_steps, step), step + 1
+        enter = following < num_steps
+        self._launch_step_end(
+            source, row, table_row(num_steps, following) if enter else row,
+            float(step_size(num_steps)), leave=True, enter=enter, early=True,
+        )  # fmt: skip
 
     def launch_qkv(self, row: int, layer: int) -> None:
         """Enqueue q, k, v and their rotation."""
         b = self._buffers
-        self._launch('qkv', b.scaled, self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv)
+        self._launch(
+            'qkv', self._scaled, self._mlp_squares if layer else self._entry_squares,
+            self._qkv_shift[row, layer], self._packed.qkv[layer], b.cos, b.sin, b.n_prefix, b.qkv,
+        )  # fmt: skip
 
     def launch_attend(self, row: int, layer: int) -> None:
         """Enqueue the attention."""
@@ -139,43 +147,46 @@ class HopperChain:
         )
 
     def launch_attention_out(self, row: int, layer: int) -> None:
-        """Enqueue the output projection."""
-        weight = self._packed.attention_out[layer]
-        self._launch('attention_out', self._buffers.attended, weight, self._attention_partials)
-
-    def launch_residual_attention(self, row: int, layer: int) -> None:
-        """Enqueue the gated residual behind the attention, and the norm before the MLP."""
-        self._launch_residual('residual_attention', self._attention_partials, row, 2 * layer)
+        """Enqueue the output projection and the gated residual."""
+        self._launch_residual(
+            'attention_out', self._attended, self._packed.attention_out[layer], row, 2 * layer,
+            self._attention_squares,
+        )  # fmt: skip
 
     def launch_gate_up(self, row: int, layer: int) -> None:
         """Enqueue gate, up and their product."""
-        b = self._buffers
-        self._launch('gate_up', b.scaled, self._packed.gate_up[layer], b.activated)
+        self._launch(
+            'gate_up', self._scaled, self._attention_squares, self._gate_up_shift[row, layer],
+            self._packed.gate_up[layer], self._buffers.activated,
+        )  # fmt: skip
 
     def launch_down(self, row: int, layer: int) -> None:
-        """Enqueue the down projection."""
-        weight = self._packed.down[layer]
-        self._launch('down', self._buffers.activated, weight, self._mlp_partials)
+        """Enqueue the down projection and the gated residual."""
+        self._launch_residual(
+            'down', self._activated, self._packed.down[layer], row, 2 * layer + 1,
+            self._mlp_squares,
+        )  # fmt: skip
 
-    def launch_residual_mlp(self, row: int, layer: int) -> None:
-        """Enqueue the gated residual behind the MLP, and the next layer's or the final norm."""
-        self._launch_residual('residual_mlp', self._mlp_partials, row, 2 * layer + 1)
-
-    def _launch(self, name: str, *arguments: Tensor | float) -> None:
+    def _launch(self, name: str, *arguments: TensorTiles | Tensor | float) -> None:
         self._kernels[name].launch(arguments, early=True)
 
-    def _launch_residual(self, name: str, partials: Tensor, row: int, norm: int) -> None:
+    def _launch_residual(
+        self, name: str, tokens: TensorTiles, weight: Tensor, row: int, norm: int, squares: Tensor
+    ) -> None:
         mods, b = self._packed.modulations[row], self._buffers
-        self._launch(name, partials, mods[norm, GATE], mods[norm + 1], b.x, b.scaled)
+        gate, scale = mods[norm, GATE], mods[norm + 1, SCALE]
+        self._launch(name, tokens, weight, gate, scale, b.x, b.scaled, squares)
 
     def _launch_step_end(
-        self, source: Tensor, row: int, dt: float, *, leave: bool, enter: bool, early: bool
-    ) -> None:
+        self, source: Tensor, row: int, next_row: int, dt: float,
+        *, leave: bool, enter: bool, early: bool,
+    ) -> None:  # fmt: skip
         w, b = self._packed, self._buffers
         self._kernels['step_end'].launch(
             (
-                b.scaled, w.action_out, w.action_out_bias, w.action_in, w.action_in_bias,
-                w.modulations[row, 0], source, self._actions, b.x, dt, int(leave), int(enter),
+                b.scaled, self._mlp_squares, w.action_out, self._velocity_bias[row],
+                w.action_in, w.action_in_bias, w.modulations[next_row, 0, SCALE],
+                source, self._actions, b.x, self._entry_squares, dt, int(leave), int(enter),
             ),
             early=early,
         )  # fmt: skip

@@ -21,6 +21,7 @@ _SMALL = replace(
     expert=replace(_FULL.expert, width=256, depth=2, mlp_dim=512, num_heads=4),
     vlm=replace(_FULL.vlm, depth=2, num_heads=4),
 )
+_DEEP = replace(_FULL, expert=replace(_FULL.expert, mlp_dim=10240))
 
 
 def _buffers(horizon: int = 50, prefix: int = 768, dtype: torch.dtype = torch.bfloat16):
@@ -53,6 +54,7 @@ def test_the_released_expert_fits_a_hopper_gpu(hopper, horizon, prefix):
         (_FULL, _buffers(horizon=65), 'a horizon up to 64, not 65'),
         (_FULL, _buffers(prefix=4096), r'a block needs \d+ bytes of shared memory'),
         (_SMALL, _buffers(), 'made for the released expert'),
+        (_DEEP, _buffers(), 'made for the released expert'),
     ],
 )
 def test_what_does_not_fit_is_said(hopper, config, buffers, reason):
@@ -65,6 +67,13 @@ def test_the_attention_starts_beside_the_product_before_it(horizon, prefix):
     plan = hopper_layout.hopper_plan(_FULL.expert, horizon, prefix, 132)
     blocks = plan.attend_bytes(256) + plan.qkv.shared_bytes(horizon)
     assert blocks <= 224 * 1024
+
+
+@pytest.mark.parametrize('horizon', [10, 50])
+def test_the_weights_of_the_mlp_fit_beside_the_products_before_them(horizon):
+    plan = hopper_layout.hopper_plan(_FULL.expert, horizon, 768, 132)
+    for pair in ((plan.attention_out, plan.gate_up), (plan.gate_up, plan.down)):
+        assert sum(slab.shared_bytes(horizon) for slab in pair) <= 224 * 1024
 
 
 def test_another_gpu_runs_the_triton_kernels(monkeypatch):
@@ -99,7 +108,7 @@ def test_packed_weights_are_the_same_weights():
         ),
     )
     plan = hopper_layout.HopperPlan(
-        *(hopper_layout.Slab(32, 256) for _ in hopper_layout.PRODUCTS),
+        *(hopper_layout.Slab(64, 256) for _ in hopper_layout.PRODUCTS),
         queries=16,
         ranges=1,
         keys=16,

@@ -125,9 +125,16 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, u32 
       : "memory");
 }
 
-// Have an address computed here and not where it is used.
+// Have an address computed here and not where it is used; or a number that is never negative.
 __device__ __forceinline__ void settle(const void* address) {
   asm volatile("{\n.reg .pred none;\nsetp.eq.u64 none, %0, 0;\n@none trap;\n}" ::"l"(address));
+}
+__device__ __forceinline__ void settle_shared(const void* address) {
+  asm volatile("{\n.reg .pred none;\nsetp.eq.u32 none, %0, 0;\n@none trap;\n}" ::"r"(
+      shared_address(address)));
+}
+__device__ __forceinline__ void settle(int number) {
+  asm volatile("{\n.reg .pred none;\nsetp.lt.s32 none, %0, 0;\n@none trap;\n}" ::"r"(number));
 }
 
 // 16 bytes from L2, in the order of the program: all loads are on their way before one is needed.

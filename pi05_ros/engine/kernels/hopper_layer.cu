@@ -1,28 +1,36 @@
 // One Euler step of the action expert as a chain of small kernels for Hopper GPUs.
 //
-//   qkv             q, k, v = rope(normed W_qkv^T)
+//   qkv             q, k, v = rope(adarms(x) W_qkv^T)
 //   attend          attention of the action tokens, in clusters of blocks
-//   attention_out   a W_out^T, one range of K per block, as partial sums
-//   residual        x += gate * sum of the ranges;  normed = adarms(x)     (twice per layer)
-//   gate_up         a = gelu_tanh(normed W_gate^T) * (normed W_up^T)
-//   down            a W_down^T, as attention_out
-//   step_end        x_t += dt (W_out normed + b);  x = W_in x_t + b;  normed = adarms(x), in
-//                   clusters, once per step
+//   attention_out   x += gate * (a W_out^T)
+//   gate_up         a = gelu_tanh(adarms(x) W_gate^T) * (adarms(x) W_up^T)
+//   down            x += gate * (a W_down^T)
+//   step_end        x_t += dt (W_out adarms(x) + b);  x = W_in x_t + b, in clusters, once per step
+//
+// The norm costs no pass (small_gemm.py): whoever writes x also writes scaled = x * (1 + scale) of
+// the next norm and the sums of squares of its columns; the kernel behind the norm multiplies its
+// sums by 1 / rms and adds shift W^T, a constant of the step.
+//
+// A kernel starts early, when some before it may still read what it writes, or write what it reads.
+// So every thread waits for the kernel before it ahead of all that: that one is complete then, and,
+// as it waited too, so are all kernels before it. Only what no kernel writes is read ahead.
 //
 // Why not Triton: with a few dozen rows a product waits for three things: its weights from device
 // memory, its activations from L2, and the kernel before it. Here every block has its weights in
 // shared memory, packed as the matrix instruction wants them, before it waits for the kernel
-// before it. After the wait it reads each activation once, from L2 to registers. Triton can place
+// before it. After the wait the copy engine brings the activations beside them. Triton can place
 // neither.
 //
-// A product is computed transposed: weight rows ("features") are the 16-row side of the matrix
-// instruction and action tokens the 8-column side, so a horizon of 50 is padded to 56. The order
-// of K within 32 is permuted on both sides, so that a lane reads 16 contiguous bytes of a token.
+// A product is computed transposed: weight rows ("features") are the 64-row side of the warpgroup
+// instruction and action tokens its columns, so a horizon of 50 is padded to 56, and a thread has
+// few enough sums for three blocks to fit on a multiprocessor.
 //
-// Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; *_TILES feature
-// tiles of 16 per block, *_DEPTH the range of K per block; QUERY_BLOCK (a multiple of 16) query rows
-// per cluster, RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster
-// of END_BLOCKS at a step's end. Storage is bfloat16, held as unsigned short; sums are float32.
+// Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; of each product
+// *_FEATURES and *_DEPTH of K per block, *_SPLIT blocks of a cluster along K, *_STAGES steps of K
+// whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows per cluster,
+// RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster of END_BLOCKS
+// at a step's end; SQUARES parts of a sum of squares. Storage is bfloat16, held as unsigned short;
+// sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"
@@ -30,171 +38,218 @@
 
 constexpr int kHalf = HEAD_DIM / 2;
 
-typedef Product<QKV_TILES, WIDTH, WIDTH, (HEADS + 2) * HEAD_DIM> Qkv;
-typedef Product<OUT_TILES, OUT_DEPTH, HEADS * HEAD_DIM, WIDTH> Out;
-typedef Product<UP_TILES, WIDTH, WIDTH, 2 * MLP> Up;
-typedef Product<DOWN_TILES, DOWN_DEPTH, MLP, WIDTH> Down;
+typedef Product<QKV_FEATURES, QKV_DEPTH, QKV_SPLIT, QKV_STAGES, WIDTH, (HEADS + 2) * HEAD_DIM>
+    Qkv;
+typedef Product<OUT_FEATURES, OUT_DEPTH, OUT_SPLIT, OUT_STAGES, HEADS * HEAD_DIM, WIDTH> Out;
+typedef Product<UP_FEATURES, UP_DEPTH, UP_SPLIT, UP_STAGES, WIDTH, 2 * MLP> Up;
+typedef Product<DOWN_FEATURES, DOWN_DEPTH, DOWN_SPLIT, DOWN_STAGES, MLP, WIDTH> Down;
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) qkv(
-    const bf16* normed,   // (H, WIDTH)
-    const bf16* weights,  // packed: a block has as many first halves of pairs as second ones
+// What the sums of a product behind a norm need of the block's tokens.
+template <class P>
+struct Norm {
+  static constexpr int kLanes = SQUARES / 4;  // of a token
+  static constexpr int kQuads = P::kShare * kLanes;
+  static_assert(kQuads <= kThreads && 32 % kLanes == 0, "a quad per thread");
+
+  float inverse[P::kShare + 1];  // 1 / rms of the block's tokens; the last is for other threads
+
+  // The last threads take a quad each, and their neighbours add them up: the first warps ask for
+  // tokens.
+  static __device__ __forceinline__ int quad() { return (int)threadIdx.x - (kThreads - kQuads); }
+
+  // The thread's quad in all sums of squares (HORIZON, SQUARES).
+  static __device__ __forceinline__ const float4* quad_of(const float* squares) {
+    int i = max(quad(), 0), token = min(P::token0() + i / kLanes, HORIZON - 1);
+    return (const float4*)(squares + token * SQUARES) + i % kLanes;
+  }
+  __device__ __forceinline__ void add_up(float4 squares) {
+    float total = sum_of_quad(squares);
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    inverse[quad() < 0 ? P::kShare : quad() / kLanes] = inverse_rms(total);
+  }
+};
+
+// Four neighbouring features behind a norm, rounded as they are stored.
+struct Quad {
+  float v[4];
+  __device__ __forceinline__ Quad(float4 sum, float inverse, float4 shift)
+      : v{rounded(sum.x * inverse + shift.x), rounded(sum.y * inverse + shift.y),
+          rounded(sum.z * inverse + shift.z), rounded(sum.w * inverse + shift.w)} {}
+};
+
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) qkv(
+    const __grid_constant__ TensorMap scaled,  // (H, WIDTH), boxes of kTokens rows
+    const float* squares,  // (H, SQUARES)
+    const float* shift,    // ((HEADS + 2) * HEAD_DIM,): shift W^T
+    const bf16* weights,   // packed: a block has as many first halves of pairs as second ones
     const bf16* cosines, const bf16* sines,  // (positions, HEAD_DIM / 2)
     const int* n_prefix,
     bf16* out) {  // (HEADS + 2, H, HEAD_DIM): q heads, k, v
   constexpr int kPairs = Qkv::kFeatures / 2, kQuads = kPairs / 4;
-  constexpr int kItems = (HORIZON * kQuads + kThreads - 1) / kThreads;
-  __shared__ u64 arrived[kMaxSteps];
+  constexpr int kItems = (Qkv::kShare * kQuads + kThreads - 1) / kThreads;
+  static_assert(kThreads % kQuads == 0, "a thread has the same features of all its tokens");
+  __shared__ Arrivals arrived;
+  __shared__ Norm<Qkv> norm;
   let_next_start();
-  Qkv::load_weights(weights, arrived);
-  int head = Qkv::block() * kPairs / kHalf, pair0 = Qkv::block() * kPairs % kHalf;
+  Qkv::begin(scaled, arrived);
+  if (Qkv::brings()) return Qkv::bring(weights, scaled, arrived);
+  int head = Qkv::unit() * kPairs / kHalf, pair0 = Qkv::unit() * kPairs % kHalf;
+  int token0 = threadIdx.x / kQuads, row = threadIdx.x % kQuads * 4;
+  const float* of_block = shift + head * HEAD_DIM + pair0 + row;
+  float4 shift_a = *(const float4*)of_block, shift_b = *(const float4*)(of_block + kHalf);
   uint2 cos2[kItems], sin2[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; j++) {
-    int i = min(j * kThreads + (int)threadIdx.x, HORIZON * kQuads - 1);
-    size_t table = (size_t)(*n_prefix + i / kQuads) * kHalf + pair0 + i % kQuads * 4;
+    int token = min(Qkv::token0() + j * (kThreads / kQuads) + token0, HORIZON - 1);
+    size_t table = (size_t)(*n_prefix + token) * kHalf + pair0 + row;
     cos2[j] = *(const uint2*)(cosines + table), sin2[j] = *(const uint2*)(sines + table);
   }
-  wait_for_previous();
-  Qkv::multiply(normed, arrived);
+  const float4* quad = norm.quad_of(squares);
+  settle(quad);  // is there before the wait
+  int warp = Qkv::warp();
+  Qkv::start(scaled, arrived, warp);
+  float4 of_quad = __ldcg(quad);
+  Qkv::multiply(arrived, warp, [&] { norm.add_up(of_quad); });
   if (Qkv::surplus()) return;
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
-    int i = item * kThreads + threadIdx.x;
-    if (i >= HORIZON * kQuads) break;
-    int token = i / kQuads, row = i % kQuads * 4;
-    float4 a4 = Qkv::sum(token, row), b4 = Qkv::sum(token, row + kPairs);
-    float a[4] = {a4.x, a4.y, a4.z, a4.w}, b[4] = {b4.x, b4.y, b4.z, b4.w};
+    int token = item * (kThreads / kQuads) + token0;
+    if (token >= Qkv::tokens()) break;
+    float inverse = norm.inverse[token];
+    Quad a(Qkv::sum<float4>(token, row), inverse, shift_a);
+    Quad b(Qkv::sum<float4>(token, row + kPairs), inverse, shift_b);
     float c[4] = {low(cos2[item].x), high(cos2[item].x), low(cos2[item].y), high(cos2[item].y)};
     float s[4] = {low(sin2[item].x), high(sin2[item].x), low(sin2[item].y), high(sin2[item].y)};
     bool is_value = head == HEADS + 1;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      float first = rounded(a[j]), second = rounded(b[j]);
-      a[j] = is_value ? first : rounded(first * c[j]) - rounded(second * s[j]);
-      b[j] = is_value ? second : rounded(second * c[j]) + rounded(first * s[j]);
+      float first = a.v[j], second = b.v[j];
+      a.v[j] = is_value ? first : rounded(first * c[j]) - rounded(second * s[j]);
+      b.v[j] = is_value ? second : rounded(second * c[j]) + rounded(first * s[j]);
     }
-    bf16* target = out + ((size_t)head * HORIZON + token) * HEAD_DIM + pair0 + row;
-    *(uint2*)target = make_uint2(pack(a[0], a[1]), pack(a[2], a[3]));
-    *(uint2*)(target + kHalf) = make_uint2(pack(b[0], b[1]), pack(b[2], b[3]));
+    bf16* target =
+        out + ((size_t)head * HORIZON + Qkv::token0() + token) * HEAD_DIM + pair0 + row;
+    *(uint2*)target = make_uint2(pack(a.v[0], a.v[1]), pack(a.v[2], a.v[3]));
+    *(uint2*)(target + kHalf) = make_uint2(pack(b.v[0], b.v[1]), pack(b.v[2], b.v[3]));
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) gate_up(
-    const bf16* normed,   // (H, WIDTH)
-    const bf16* weights,  // packed: a block has as many gate rows as up rows
-    bf16* out) {          // (H, MLP)
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) gate_up(
+    const __grid_constant__ TensorMap scaled,  // (H, WIDTH), boxes of kTokens rows
+    const float* squares,  // (H, SQUARES)
+    const float* shift,    // (2 * MLP,): shift W^T
+    const bf16* weights,   // packed: a block has as many gate rows as up rows
+    bf16* out) {           // (H, MLP)
   constexpr int kColumns = Up::kFeatures / 2, kQuads = kColumns / 4;
-  __shared__ u64 arrived[kMaxSteps];
+  static_assert(kThreads % kQuads == 0, "a thread has the same features of all its tokens");
+  __shared__ Arrivals arrived;
+  __shared__ Norm<Up> norm;
   let_next_start();
-  Up::load_weights(weights, arrived);
-  wait_for_previous();
-  Up::multiply(normed, arrived);
+  Up::begin(scaled, arrived);
+  if (Up::brings()) return Up::bring(weights, scaled, arrived);
+  int row = threadIdx.x % kQuads * 4, column = Up::unit() * kColumns + row;
+  float4 gate_shift = *(const float4*)(shift + column);
+  float4 up_shift = *(const float4*)(shift + MLP + column);
+  const float4* quad = norm.quad_of(squares);
+  settle(quad);  // is there before the wait
+  int warp = Up::warp();
+  Up::start(scaled, arrived, warp);
+  float4 of_quad = __ldcg(quad);
+  Up::multiply(arrived, warp, [&] { norm.add_up(of_quad); });
   if (Up::surplus()) return;
-  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
-    int token = i / kQuads, row = i % kQuads * 4;
-    float4 g4 = Up::sum(token, row), u4 = Up::sum(token, row + kColumns);
-    float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float v = rounded(g[j]);
+  for (int j = 0; j < Up::kShare; j += kThreads / kQuads) {
+    int token = j + threadIdx.x / kQuads;
+    if (token >= Up::tokens()) break;
+    float inverse = norm.inverse[token];
+    Quad g(Up::sum<float4>(token, row), inverse, gate_shift);
+    Quad u(Up::sum<float4>(token, row + kColumns), inverse, up_shift);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      float v = g.v[k];
       // gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3).
       float twice_z = 1.5957691216057308f * v * (1.f + 0.044715f * v * v);
-      g[j] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * rounded(u[j]);
+      g.v[k] = rounded(v * reciprocal(1.f + exp2_fast(-kLog2E * twice_z))) * u.v[k];
     }
-    *(uint2*)(out + (size_t)token * MLP + Up::block() * kColumns + row) =
-        make_uint2(pack(g[0], g[1]), pack(g[2], g[3]));
+    *(uint2*)(out + (size_t)(Up::token0() + token) * MLP + column) =
+        make_uint2(pack(g.v[0], g.v[1]), pack(g.v[2], g.v[3]));
   }
 }
 
-// Partial sums of a product that ends in the residual stream: (ranges of K, H, WIDTH).
+// A product that ends in the residual stream. A warp finishes a token, a lane two features of 64.
 template <class P>
-__device__ __forceinline__ void partial_product(const bf16* tokens, const bf16* weights,
-                                                float* partials) {
-  constexpr int kQuads = P::kFeatures / 4;
-  __shared__ u64 arrived[kMaxSteps];
+__device__ __forceinline__ void residual_product(const TensorMap& tokens, const bf16* weights,
+                                                 const float* gate, const float* next_scale,
+                                                 bf16* x, bf16* scaled, float* squares,
+                                                 Arrivals& arrived) {
+  constexpr int kPairs = P::kFeatures / 64, kRounds = (P::kShare + kWarps - 1) / kWarps;
+  static_assert(P::kUnits <= SQUARES, "a part per unit of features");
   let_next_start();
-  P::load_weights(weights, arrived);
-  wait_for_previous();
-  P::multiply(tokens, arrived);
+  P::begin(tokens, arrived);
+  if (P::brings()) return P::bring(weights, tokens, arrived);
+  int warp = P::warp(), lane = threadIdx.x % 32, column = P::feature0() + lane * 2;
+  float2 gates[kPairs], scales[kPairs];
+#pragma unroll
+  for (int k = 0; k < kPairs; k++) {
+    gates[k] = *(const float2*)(gate + column + k * 64);
+    scales[k] = *(const float2*)(next_scale + column + k * 64);
+  }
+  const u32* rows[kRounds];
+#pragma unroll
+  for (int j = 0; j < kRounds; j++) {
+    int token = min(P::token0() + j * kWarps + warp, HORIZON - 1);
+    rows[j] = (const u32*)(x + (size_t)token * WIDTH + column);
+    settle(rows[j]);  // is there before the wait
+  }
+  P::start(tokens, arrived, warp);
+  u32 before[kRounds][kPairs];
+#pragma unroll
+  for (int j = 0; j < kRounds; j++)
+#pragma unroll
+    for (int k = 0; k < kPairs; k++) before[j][k] = __ldcg(rows[j] + k * 32);
+  P::multiply(arrived, warp, [] {});
   if (P::surplus()) return;
-  float* target = partials + (size_t)P::range() * HORIZON * WIDTH + P::feature0();
-  for (int i = threadIdx.x; i < HORIZON * kQuads; i += kThreads) {
-    int token = i / kQuads, row = i % kQuads * 4;
-    *(float4*)(target + (size_t)token * WIDTH + row) = P::sum(token, row);
+#pragma unroll
+  for (int j = 0; j < kRounds; j++) {
+    int token = j * kWarps + warp;
+    if (token >= P::tokens()) break;
+    size_t at = (size_t)(P::token0() + token) * WIDTH + column;
+    float square = 0.f;
+#pragma unroll
+    for (int k = 0; k < kPairs; k++) {
+      float2 sum = P::template sum<float2>(token, lane * 2 + k * 64);
+      float first = low(before[j][k]) + rounded(rounded(sum.x) * rounded(gates[k].x));
+      float second = high(before[j][k]) + rounded(rounded(sum.y) * rounded(gates[k].y));
+      u32 now = pack(first, second);
+      first = low(now), second = high(now);
+      *(u32*)(x + at + k * 64) = now;
+      *(u32*)(scaled + at + k * 64) =
+          pack(first * (1.f + scales[k].x), second * (1.f + scales[k].y));
+      square += first * first + second * second;
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) square += __shfl_xor_sync(~0u, square, step);
+    if (lane == 0) squares[(P::token0() + token) * SQUARES + P::unit()] = square;
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_out(
-    const bf16* attended, const bf16* weights, float* partials) {
-  partial_product<Out>(attended, weights, partials);
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) attention_out(
+    const __grid_constant__ TensorMap attended,  // (H, HEADS * HEAD_DIM), boxes of kTokens rows
+    const bf16* weights,      // packed
+    const float* gate,        // (WIDTH,)
+    const float* next_scale,  // (WIDTH,)
+    bf16* x,                  // (H, WIDTH), updated
+    bf16* scaled,             // (H, WIDTH), written
+    float* squares) {         // (H, SQUARES), written
+  __shared__ Arrivals arrived;
+  residual_product<Out>(attended, weights, gate, next_scale, x, scaled, squares, arrived);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) down(
-    const bf16* activated, const bf16* weights, float* partials) {
-  partial_product<Down>(activated, weights, partials);
-}
-
-// The sum of one value per thread, the same in all of them.
-template <int kBlockWarps>
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float of_warp[kBlockWarps];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) value += __shfl_xor_sync(~0u, value, step);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0.f;
-#pragma unroll
-  for (int warp = 0; warp < kBlockWarps; warp++) total += of_warp[warp];
-  return total;
-}
-
-// One block per token; a thread has four features.
-constexpr int kResidualThreads = WIDTH / 4;
-
-template <int kRanges>
-__device__ __forceinline__ void add_gated(const float* partials, const float* gate,
-                                          const float* next_modulation, bf16* x, bf16* normed) {
-  let_next_start();
-  int column = threadIdx.x * 4;
-  size_t at = (size_t)blockIdx.x * WIDTH + column;
-  float4 g4 = *(const float4*)(gate + column);
-  float4 scale4 = *(const float4*)(next_modulation + column);
-  float4 shift4 = *(const float4*)(next_modulation + WIDTH + column);
-  wait_for_previous();
-  uint2 old = *(const uint2*)(x + at);
-  uint4 part[kRanges];
-#pragma unroll
-  for (int r = 0; r < kRanges; r++) part[r] = load_l2(partials + (size_t)r * HORIZON * WIDTH + at);
-  float p[4] = {}, g[4] = {g4.x, g4.y, g4.z, g4.w};
-#pragma unroll
-  for (int r = 0; r < kRanges; r++) {
-    p[0] += __uint_as_float(part[r].x), p[1] += __uint_as_float(part[r].y);
-    p[2] += __uint_as_float(part[r].z), p[3] += __uint_as_float(part[r].w);
-  }
-  float before[4] = {low(old.x), high(old.x), low(old.y), high(old.y)}, square = 0.f;
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    p[j] = rounded(before[j] + rounded(rounded(p[j]) * rounded(g[j])));
-    square += p[j] * p[j];
-  }
-  float r = rsqrtf(block_sum<kResidualThreads / 32>(square) / WIDTH + EPS);
-  *(uint2*)(x + at) = make_uint2(pack(p[0], p[1]), pack(p[2], p[3]));
-  *(uint2*)(normed + at) = make_uint2(
-      pack(p[0] * r * (1.f + scale4.x) + shift4.x, p[1] * r * (1.f + scale4.y) + shift4.y),
-      pack(p[2] * r * (1.f + scale4.z) + shift4.z, p[3] * r * (1.f + scale4.w) + shift4.w));
-}
-
-extern "C" __global__ void __launch_bounds__(kResidualThreads, 1) residual_attention(
-    const float* partials,         // (ranges of K, H, WIDTH)
-    const float* gate,             // (WIDTH,)
-    const float* next_modulation,  // (2, WIDTH): scale, shift
-    bf16* x,                       // (H, WIDTH), updated
-    bf16* normed) {                // (H, WIDTH), written
-  add_gated<Out::kRanges>(partials, gate, next_modulation, x, normed);
-}
-
-extern "C" __global__ void __launch_bounds__(kResidualThreads, 1) residual_mlp(
-    const float* partials, const float* gate, const float* next_modulation, bf16* x,
-    bf16* normed) {
-  add_gated<Down::kRanges>(partials, gate, next_modulation, x, normed);
+extern "C" __global__ void __launch_bounds__(kProductThreads, 3) down(
+    const __grid_constant__ TensorMap activated,  // (H, MLP), boxes of kTokens rows
+    const bf16* weights, const float* gate, const float* next_scale, bf16* x, bf16* scaled,
+    float* squares) {
+  __shared__ Arrivals arrived;
+  residual_product<Down>(activated, weights, gate, next_scale, x, scaled, squares, arrived);
 }

@@ -1,7 +1,7 @@
 """How the Hopper kernels cut up a layer, and how their weights lie in memory.
 
-The weights of a block are one contiguous range in the order in which the matrix instruction takes
-them, so that bulk copies bring them to shared memory and a lane reads 16 bytes at a time.
+The weights of a block are one contiguous range of tiles as the warpgroup instruction takes them
+from shared memory, so that bulk copies bring them there.
 """
 
 from __future__ import annotations
@@ -16,41 +16,67 @@ from pi05_ros.engine.expert_weights import ExpertWeights
 from pi05_ros.model.config import GemmaConfig, Pi05Config
 
 THREADS = 256
-_WARPS = THREADS // 32
+PRODUCT_THREADS = THREADS + 32  # those that multiply, and a warp that copies
 _MAX_HORIZON = 64
 _RANGES = 8  # of keys: blocks of a cluster; more than 8 are not portable
 _BLOCK_BYTES = 224 * 1024  # dynamic shared memory of a block, beside what the kernels declare
-_TILE = 16  # weight rows of one matrix instruction
+TILE_COLUMNS = 64  # of K: of a tile, and of a step
+_MAX_DEPTH = 16 * TILE_COLUMNS  # of a block; it has a barrier per step
+_UNIT = 8  # rows and 16-byte chunks of a row that the swizzle exchanges
+_TILE_ALIGN = 1024
 # Shared memory that a block asks for at least. A kernel that starts early finds some
 # multiprocessors empty; several of its blocks on one of them would take turns. The blocks of a
 # cluster start together, beside the blocks of QKV where there is room for both.
-_QKV_BYTES = 76 * 1024
 _ATTEND_BYTES = 116 * 1024  # no second block fits beside it
 _OUT_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
-_DOWN_BYTES = 76 * 1024
+_MLP_TOKEN_BYTES = 14 * 1024  # so that blocks of gate_up and down fit beside each other
 _PROCESSOR_BYTES = 228 * 1024
 _DECLARED_BYTES = 4 * 1024  # what two blocks take beside it, at most
 PRODUCTS = ('qkv', 'attention_out', 'gate_up', 'down')  # fields of plan and weights alike
+_MACROS = ('QKV', 'OUT', 'UP', 'DOWN')  # how the source calls them
 
 
 @dataclass(frozen=True)
 class Slab:
-    """One product: ``features`` weight rows and ``depth`` columns of K per block."""
+    """One product: ``features`` weight rows and ``depth`` columns of K per block.
+
+    The ``split`` blocks of a cluster have the same features, together all of K, and add up their
+    parts of it.
+    """
 
     features: int
     depth: int
+    split: int = 1
     least_bytes: int = 0  # of shared memory
+    token_bytes: int = 28 * 1024  # of it for tokens; there always is room for a step per group
 
     def blocks(self, rows: int, columns: int) -> int:
         """Return the number of blocks for weights of (rows, columns)."""
         return rows // self.features * (columns // self.depth)
 
+    def stages(self, horizon: int) -> int:
+        """Return the steps along K whose tokens have room beside all weights."""
+        room = self.token_bytes // (2 * TILE_COLUMNS * token_rows(horizon))
+        groups = self.groups()
+        return min(self.depth // TILE_COLUMNS, max(1, room // groups) * groups)
+
+    def groups(self) -> int:
+        """Return the groups of warps that share out the steps along K."""
+        return 2 if self.features == 64 else 1
+
     def shared_bytes(self, horizon: int) -> int:
-        """Return the shared memory of a block: its weights, then the sums in their place."""
-        tokens = -(-horizon // 8) * 8
-        groups = _WARPS // (2 if tokens > 32 else 1)
-        sums = 4 * groups * tokens * (self.features + 4)
-        return max(2 * self.features * self.depth, sums, self.least_bytes)
+        """Return the shared memory of a block: weights and tokens, then sums in their place."""
+        tokens = token_rows(horizon)
+        of_tokens = self.stages(horizon) * 2 * TILE_COLUMNS * tokens
+        own = 4 * self.groups() * tokens * (self.features + 4)
+        sent = 4 * (self.split - 1) * -(-horizon // self.split) * self.features
+        needed = max(2 * self.features * self.depth + of_tokens, own + sent) + _TILE_ALIGN
+        return max(needed, self.least_bytes)
+
+
+def token_rows(horizon: int) -> int:
+    """Return the rows of tokens that the products multiply: the columns of their instruction."""
+    return -(-horizon // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +92,12 @@ class HopperPlan:
     keys: int  # of a range, at most
     end_tokens: int = 4  # of a cluster at a step's end
     end_blocks: int = 8  # of such a cluster, each with some columns
+
+    def square_parts(self, width: int) -> int:
+        """Return the parts of a token's sum of squares: enough for every kernel that writes x."""
+        units = (width // self.attention_out.features, width // self.down.features)
+        parts = max(4, self.end_blocks, *units)
+        return 1 << (parts - 1).bit_length()
 
     def step_end_blocks(self, horizon: int) -> int:
         """Return the blocks of a step's end."""
@@ -95,16 +127,18 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
     new_rows = -(-horizon // (8 * _RANGES)) * 8  # of a range, whole tiles of 8
     heads = expert.num_heads * expert.head_dim
     plan = HopperPlan(
-        qkv=Slab(32, expert.width),
-        attention_out=Slab(32, heads // 4, _OUT_BYTES),
-        gate_up=Slab(64, expert.width),
-        down=Slab(64, expert.mlp_dim // 8, _DOWN_BYTES),
+        qkv=Slab(128, expert.width // 4, 4),
+        attention_out=Slab(64, heads // 8, 8, least_bytes=_OUT_BYTES),
+        gate_up=Slab(128, expert.width // 2, 2, token_bytes=_MLP_TOKEN_BYTES),
+        down=Slab(64, expert.mlp_dim // 8, 8, token_bytes=_MLP_TOKEN_BYTES),
         queries=queries,
         ranges=_RANGES,
         keys=-(-(new_rows - (-max_prefix // _RANGES)) // 16) * 16,
     )
     beside = _PROCESSOR_BYTES - _DECLARED_BYTES - plan.attend_bytes(expert.head_dim)
-    return replace(plan, qkv=replace(plan.qkv, least_bytes=min(_QKV_BYTES, beside)))
+    if plan.qkv.shared_bytes(horizon) > beside:
+        return replace(plan, qkv=Slab(64, expert.width // 4, 4))
+    return plan
 
 
 def hopper_misfit(
@@ -118,6 +152,7 @@ def hopper_misfit(
         or expert.width != 1024
         or expert.mlp_dim % 2048
         or expert.num_heads * expert.head_dim % 1024
+        or max(expert.mlp_dim, expert.num_heads * expert.head_dim) > 8 * _MAX_DEPTH
         or config.action_dim % 4
         or config.action_dim > 48
     ):
@@ -135,7 +170,14 @@ def hopper_misfit(
 def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int | str]:
     """Return the macros that the source is compiled with."""
     expert = config.expert
-    return {
+    products: dict[str, int | str] = {}
+    for name, macro in zip(PRODUCTS, _MACROS, strict=True):
+        slab: Slab = getattr(plan, name)
+        products[f'{macro}_FEATURES'] = slab.features
+        products[f'{macro}_DEPTH'] = slab.depth
+        products[f'{macro}_SPLIT'] = slab.split
+        products[f'{macro}_STAGES'] = slab.stages(horizon)
+    return products | {
         'HORIZON': horizon,
         'WIDTH': expert.width,
         'MLP': expert.mlp_dim,
@@ -143,17 +185,12 @@ def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int
         'HEAD_DIM': expert.head_dim,
         'ACTIONS': config.action_dim,
         'EPS': f'{expert.rms_norm_eps}f',
-        'QKV_TILES': plan.qkv.features // _TILE,
-        'OUT_TILES': plan.attention_out.features // _TILE,
-        'OUT_DEPTH': plan.attention_out.depth,
-        'UP_TILES': plan.gate_up.features // _TILE,
-        'DOWN_TILES': plan.down.features // _TILE,
-        'DOWN_DEPTH': plan.down.depth,
         'QUERY_BLOCK': plan.queries,
         'RANGES': plan.ranges,
         'KEYS': plan.keys,
         'END_TOKENS': plan.end_tokens,
         'END_BLOCKS': plan.end_blocks,
+        'SQUARES': plan.square_parts(expert.width),
     }
 
 
@@ -184,18 +221,18 @@ def gate_up_order(features: int, expert: GemmaConfig) -> Tensor:
 def pack(weight: Tensor, slab: Slab, order: Tensor | None = None) -> Tensor:
     """Return a weight (N, K) as the kernels read it, of the same shape.
 
-    By block (features, then ranges of K), step of 32 K, tile of 16 rows and lane: the operands of
-    two m16n8k16 instructions. Lane 4 g + q has rows g and g + 8 and the columns 8 q to 8 q + 7.
+    By block (features, then parts of K) and step of 64 K: rows of 128 bytes, whose 16-byte chunk c
+    lies in row r at c ^ (r % 8).
     """
     rows = weight if order is None else weight[order.to(weight.device)]
-    parts = rows.view(*_split(weight, slab))
-    return parts.permute(*_PACKED).reshape(weight.shape)
+    parts = rows.view(*_split(weight, slab)).permute(*_PACKED)
+    return _swizzled(parts).reshape(weight.shape)
 
 
 def unpack(packed: Tensor, slab: Slab, order: Tensor | None = None) -> Tensor:
     """Return the weight that :func:`pack` was given."""
     shape = _split(packed, slab)
-    parts = packed.view(*(shape[i] for i in _PACKED))
+    parts = _swizzled(packed.view(*(shape[i] for i in _PACKED)))
     inverse = sorted(range(len(_PACKED)), key=_PACKED.__getitem__)
     rows = parts.permute(*inverse).reshape(packed.shape)
     if order is None:
@@ -205,16 +242,22 @@ def unpack(packed: Tensor, slab: Slab, order: Tensor | None = None) -> Tensor:
     return weight
 
 
-# From (feature block, tile, half, row, K range, step, quad, instruction, pair, element).
-_PACKED = (0, 4, 5, 1, 7, 3, 6, 8, 2, 9)
+# From (feature block, eight rows, row, part of K, step, chunk, element).
+_PACKED = (0, 3, 4, 1, 2, 5, 6)
 
 
 def _split(weight: Tensor, slab: Slab) -> Sequence[int]:
     rows, columns = weight.shape
     return (
-        rows // slab.features, slab.features // _TILE, 2, 8,
-        columns // slab.depth, slab.depth // 32, 4, 2, 2, 2,
+        rows // slab.features, slab.features // _UNIT, _UNIT,
+        columns // slab.depth, slab.depth // TILE_COLUMNS, _UNIT, TILE_COLUMNS // _UNIT,
     )  # fmt: skip
+
+
+def _swizzled(parts: Tensor) -> Tensor:
+    """Return (..., row, chunk, element) with exchanged chunks; twice gives it back."""
+    row = torch.arange(_UNIT, device=parts.device)[:, None]
+    return parts[..., row, row ^ row.T, :]
 
 
 def _repacked(weights: ExpertWeights, plan: HopperPlan, expert: GemmaConfig, how) -> ExpertWeights:

@@ -5,7 +5,8 @@
 
 // A cluster has END_TOKENS tokens. Each of its END_BLOCKS blocks has its columns of both
 // projections in place before the wait. What a block has of a sum over all columns it sends to
-// every block; they all add the same parts in the order of the ranks.
+// every block; they all add the same parts in the order of the ranks. The norm before the way out
+// is in the rows that are read, 1 / rms in the sums and shift W_out^T in the bias.
 constexpr int kEndColumns = WIDTH / END_BLOCKS;        // of a block
 constexpr int kEndTurns = (kEndColumns + 127) / 128;   // of a warp, whose lanes take 4 columns
 constexpr int kQuadTurns = (ACTIONS / 4 + kWarps - 1) / kWarps;  // a warp takes 4 actions
@@ -16,15 +17,15 @@ static_assert(WIDTH % END_BLOCKS == 0 && kThreads % kEndColumns == 0 && kEndColu
               "columns of a block");
 static_assert(END_TOKENS <= kWarps && 32 % END_TOKENS == 0 && END_TOKENS % kEndGroups == 0,
               "tokens of a cluster");
-static_assert(END_BLOCKS <= 32 && ACTIONS % 4 == 0, "one lane per block, 4 actions per warp");
+static_assert(END_BLOCKS <= SQUARES && ACTIONS % 4 == 0, "a part per block, 4 actions per warp");
 
 struct EndMemory {
   float parts[END_BLOCKS][END_TOKENS][ACTIONS];  // of the velocity, sent by the blocks
-  float4 squares[END_TOKENS][END_BLOCKS];        // sums of them, likewise; only x is used
   float x_t[END_TOKENS][ACTIONS];
+  float squares[END_TOKENS][SQUARES];  // of x before the way out
   float w_in[kEndColumns][ACTIONS + 4];  // no bank conflicts
-  float b_in[kEndColumns], scale[kEndColumns], shift[kEndColumns], b_out[ACTIONS];
-  bf16 normed[END_TOKENS][kEndColumns], x[END_TOKENS][kEndColumns];
+  float b_in[kEndColumns], scale[kEndColumns], b_out[ACTIONS];
+  bf16 scaled[END_TOKENS][kEndColumns], x[END_TOKENS][kEndColumns];
 };
 
 // 4 actions by 4 columns.
@@ -74,28 +75,36 @@ __device__ __forceinline__ void load_out_weights(OutWeights& weights, const floa
       }
 }
 
-// What the step begins with, 16 bytes at a time: x_t and, if they are wanted, the normed rows.
+// What the step begins with, 16 bytes at a time: x_t and, if they are wanted, the scaled rows and
+// their sums of squares.
 struct EndInputs {
   static constexpr int kOfX = END_TOKENS * ACTIONS / 4, kOfRows = END_TOKENS * kEndColumns / 8;
-  static constexpr int kItems = (kOfX + kOfRows + kThreads - 1) / kThreads;  // of a thread
+  static constexpr int kOfSquares = END_TOKENS * SQUARES / 4;
+  static constexpr int kAll = kOfX + kOfRows + kOfSquares;
+  static constexpr int kItems = (kAll + kThreads - 1) / kThreads;  // of a thread
   const void* sources[kItems];
   void* targets[kItems];
   bool wanted[kItems];
 
   // The addresses, which are there before the wait.
   __device__ __forceinline__ EndInputs(EndMemory& memory, const EndPart& part, const float* from,
-                                       const bf16* normed, bool leave) {
+                                       const bf16* scaled, const float* squares, bool leave) {
 #pragma unroll
     for (int j = 0; j < kItems; j++) {
-      int i = j * kThreads + threadIdx.x, of_rows = i - kOfX;
+      int i = j * kThreads + threadIdx.x, of_rows = i - kOfX, of_squares = of_rows - kOfRows;
       int token = i / (ACTIONS / 4), action = i % (ACTIONS / 4) * 4;
       sources[j] = from + part.source(token) * ACTIONS + action;
       targets[j] = &memory.x_t[0][0] + i * 4;
-      wanted[j] = i < kOfX || (leave && of_rows < kOfRows);
+      wanted[j] = i < kOfX || (leave && i < kAll);
       if (of_rows >= 0) {
         int row = of_rows / (kEndColumns / 8), column = of_rows % (kEndColumns / 8) * 8;
-        sources[j] = normed + part.source(row) * WIDTH + part.column0 + column;
-        targets[j] = &memory.normed[0][0] + of_rows * 8;
+        sources[j] = scaled + part.source(row) * WIDTH + part.column0 + column;
+        targets[j] = &memory.scaled[0][0] + of_rows * 8;
+      }
+      if (of_squares >= 0) {
+        int row = of_squares / (SQUARES / 4), at = of_squares % (SQUARES / 4) * 4;
+        sources[j] = squares + part.source(row) * SQUARES + at;
+        targets[j] = &memory.squares[0][0] + of_squares * 4;
       }
       settle(sources[j]), settle(targets[j]);
     }
@@ -148,7 +157,7 @@ __device__ __forceinline__ void send_velocities(EndMemory& memory, const EndPart
       if (column >= kEndColumns) break;
 #pragma unroll
       for (int token = 0; token < END_TOKENS; token++) {
-        uint2 y = *(const uint2*)&memory.normed[token][column];
+        uint2 y = *(const uint2*)&memory.scaled[token][column];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           float4 w = weights[q][turn][j];
@@ -168,16 +177,30 @@ __device__ __forceinline__ void send_velocities(EndMemory& memory, const EndPart
   }
 }
 
-// The Euler update, by every block; the first one writes it.
-__device__ __forceinline__ void update(EndMemory& memory, const EndPart& part, float* to, float dt) {
+// The Euler update when all parts of the velocities are there, by every block; the first one
+// writes it.
+__device__ __forceinline__ void update(EndMemory& memory, const EndPart& part, float* to, float dt,
+                                       u64* arrived) {
+  constexpr int kItems = (END_TOKENS * ACTIONS + kThreads - 1) / kThreads;
+  float inverse[kItems];
 #pragma unroll
-  for (int j = 0; j < END_TOKENS * ACTIONS; j += kThreads) {
-    int i = j + threadIdx.x, token = i / ACTIONS, action = i % ACTIONS;
+  for (int j = 0; j < kItems; j++) {
+    int token = min((j * kThreads + (int)threadIdx.x) / ACTIONS, END_TOKENS - 1);
+    float squares = 0.f;
+#pragma unroll
+    for (int k = 0; k < SQUARES; k += 4)
+      squares += sum_of_quad(*(const float4*)&memory.squares[token][k]);
+    inverse[j] = inverse_rms(squares);
+  }
+  barrier_wait_cluster(arrived);
+#pragma unroll
+  for (int j = 0; j < kItems; j++) {
+    int i = j * kThreads + threadIdx.x, token = i / ACTIONS, action = i % ACTIONS;
     if (i >= END_TOKENS * ACTIONS) break;
     float v = 0.f;
 #pragma unroll
     for (int rank = 0; rank < END_BLOCKS; rank++) v += memory.parts[rank][token][action];
-    float moved = memory.x_t[token][action] + dt * (v + memory.b_out[action]);
+    float moved = memory.x_t[token][action] + dt * (v * inverse[j] + memory.b_out[action]);
     memory.x_t[token][action] = moved;
     if (part.rank == 0 && part.has(token)) to[part.token0 * ACTIONS + i] = moved;
   }
@@ -203,74 +226,50 @@ __device__ __forceinline__ void project_in(EndMemory& memory, const InWeights& w
     memory.x[token0 + j][column] = (bf16)pack(h[j] + memory.b_in[column], 0.f);
 }
 
-// Write the columns of x and of its norm, a token per warp.
-__device__ __forceinline__ void write_rows(EndMemory& memory, const EndPart& part, bf16* x,
-                                           bf16* normed, u64* arrived) {
+// Write the columns of x and what the next norm needs of them, a token per warp.
+__device__ __forceinline__ void write_rows(const EndMemory& memory, const EndPart& part, bf16* x,
+                                           bf16* scaled, float* squares) {
   int token = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (token >= END_TOKENS) return;
-  size_t at = (size_t)(part.token0 + token) * WIDTH + part.column0;
-  uint2 rows[kEndTurns];
+  if (token >= END_TOKENS || !part.has(token)) return;
+  size_t row = part.token0 + token, at = row * WIDTH + part.column0;
   float square = 0.f;
 #pragma unroll
   for (int turn = 0; turn < kEndTurns; turn++) {
     int column = turn * 128 + lane * 4;
     if (column >= kEndColumns) break;
-    rows[turn] = *(const uint2*)&memory.x[token][column];
-    float h[4] = {low(rows[turn].x), high(rows[turn].x), low(rows[turn].y), high(rows[turn].y)};
+    uint2 of_x = *(const uint2*)&memory.x[token][column];
+    float4 scale = *(const float4*)(memory.scale + column);
+    float h[4] = {low(of_x.x), high(of_x.x), low(of_x.y), high(of_x.y)};
+    *(uint2*)(x + at + column) = of_x;
+    *(uint2*)(scaled + at + column) =
+        make_uint2(pack(h[0] * (1.f + scale.x), h[1] * (1.f + scale.y)),
+                   pack(h[2] * (1.f + scale.z), h[3] * (1.f + scale.w)));
 #pragma unroll
     for (int j = 0; j < 4; j++) square += h[j] * h[j];
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) square += __shfl_xor_sync(~0u, square, step);
-  if (lane < END_BLOCKS)
-    send(address_in_block(&memory.squares[token][part.rank], lane),
-         address_in_block(arrived, lane), make_float4(square, 0.f, 0.f, 0.f));
-  float4 scale[kEndTurns], shift[kEndTurns];
-#pragma unroll
-  for (int turn = 0; turn < kEndTurns; turn++) {
-    int column = turn * 128 + lane * 4;
-    if (column >= kEndColumns) break;
-    if (part.has(token)) *(uint2*)(x + at + column) = rows[turn];
-    scale[turn] = *(const float4*)(memory.scale + column);
-    shift[turn] = *(const float4*)(memory.shift + column);
-  }
-  barrier_wait_cluster(arrived);
-  float total = 0.f;
-#pragma unroll
-  for (int rank = 0; rank < END_BLOCKS; rank++) total += memory.squares[token][rank].x;
-  float r = rsqrtf(total / WIDTH + EPS);
-#pragma unroll
-  for (int turn = 0; turn < kEndTurns; turn++) {
-    int column = turn * 128 + lane * 4;
-    if (column >= kEndColumns || !part.has(token)) break;
-    float4 a = scale[turn], b = shift[turn];
-    *(uint2*)(normed + at + column) =
-        make_uint2(pack(low(rows[turn].x) * r * (1.f + a.x) + b.x,
-                        high(rows[turn].x) * r * (1.f + a.y) + b.y),
-                   pack(low(rows[turn].y) * r * (1.f + a.z) + b.z,
-                        high(rows[turn].y) * r * (1.f + a.w) + b.w));
-  }
+  if (lane == 0) squares[row * SQUARES + part.rank] = square;
 }
 
 // A cluster has END_BLOCKS blocks.
 extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
-    bf16* normed,                            // (H, WIDTH): read if leave, written if enter
-    const float* w_out, const float* b_out,  // (ACTIONS, WIDTH), (ACTIONS,)
+    bf16* scaled,                            // (H, WIDTH): read if leave, written if enter
+    const float* squares,                    // (H, SQUARES), read if leave
+    const float* w_out, const float* b_out,  // (ACTIONS, WIDTH), (ACTIONS,): b + shift W_out^T
     const float* w_in, const float* b_in,    // (WIDTH, ACTIONS), (WIDTH,)
-    const float* modulation,                 // (2, WIDTH) of the next step's first norm
+    const float* next_scale,                 // (WIDTH,) of the next step's first norm
     const float* from, float* to,            // (H, ACTIONS) before and, if leave, after the step
-    bf16* x,                                 // (H, WIDTH), written if enter
+    bf16* x, float* next_squares,            // (H, WIDTH), (H, SQUARES), written if enter
     float dt, int leave, int enter) {
   __shared__ __align__(16) EndMemory memory;
-  __shared__ u64 velocities_arrived, squares_arrived;
+  __shared__ u64 velocities_arrived;
   let_next_start();
   EndPart part;
   if (threadIdx.x == 0) {
     barrier_init(&velocities_arrived);
-    barrier_init(&squares_arrived);
     barrier_init_done();
     barrier_expect(&velocities_arrived, sizeof(memory.parts));
-    barrier_expect(&squares_arrived, sizeof(memory.squares));
   }
   OutWeights out_weights;
   if (leave) {
@@ -280,10 +279,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
   if (enter) {
     load_in_weights(memory, w_in + (size_t)part.column0 * ACTIONS);
     copy_floats(memory.b_in, b_in + part.column0);
-    copy_floats(memory.scale, modulation + part.column0);
-    copy_floats(memory.shift, modulation + WIDTH + part.column0);
+    copy_floats(memory.scale, next_scale + part.column0);
   }
-  EndInputs inputs(memory, part, from, normed, leave);
+  EndInputs inputs(memory, part, from, scaled, squares, leave);
   cluster_arrive_relaxed();
   cluster_wait();  // all blocks of the cluster have their barriers
   wait_for_previous();
@@ -298,14 +296,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) step_end(
       in_weights[i] = *(const float4*)&memory.w_in[threadIdx.x % kEndColumns][i * 4];
   }
   if (leave) {
-    barrier_wait_cluster(&velocities_arrived);
-    update(memory, part, to, dt);
+    update(memory, part, to, dt, &velocities_arrived);
     __syncthreads();  // x_t has moved
   }
   if (!enter) return;
   project_in(memory, in_weights);
   __syncthreads();  // the rows of x are complete
-  write_rows(memory, part, x, normed, &squares_arrived);
+  write_rows(memory, part, x, scaled, next_squares);
 }
 
 #endif

@@ -1,4 +1,4 @@
-// Tensor copies and warpgroup products of Hopper GPUs (sm_90a), for the prefill's kernels.
+// Tensor copies and warpgroup products of Hopper GPUs (sm_90a).
 //
 // Tiles in shared memory have rows of 64 bfloat16 (128 bytes) and begin at multiples of 1024 bytes;
 // the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which keeps banks apart.
@@ -38,6 +38,14 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Whether the thread is the one of its warp that does something for all of them, who are here. Copies
+// that it begins need fewer instructions than those of a thread that is chosen by number.
+__device__ __forceinline__ bool elected() {
+  u32 is;
+  asm volatile("{\n.reg .pred is;\nelect.sync _|is, -1;\nselp.u32 %0, 1, 0, is;\n}" : "=r"(is));
+  return is;
 }
 
 // Ask for the description of a matrix ahead.
@@ -111,9 +119,14 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u6
 template <int N>
 __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
 
-#define NAMES_32                                                                            \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_4 "%0, %1, %2, %3"
+#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
+#define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
+#define NAMES_16 NAMES_12 ", %12, %13, %14, %15"
+#define NAMES_20 NAMES_16 ", %16, %17, %18, %19"
+#define NAMES_24 NAMES_20 ", %20, %21, %22, %23"
+#define NAMES_28 NAMES_24 ", %24, %25, %26, %27"
+#define NAMES_32 NAMES_28 ", %28, %29, %30, %31"
 #define NAMES_64                                                                            \
   NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "  \
            "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "    \
@@ -124,14 +137,20 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
            "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
            "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, " \
            "%121, %122, %123, %124, %125, %126, %127"
-#define SUMS_8(i)                                                                          \
-  "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]),     \
-      "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
-#define SUMS_32 SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
-#define SUMS_64 SUMS_32, SUMS_8(32), SUMS_8(40), SUMS_8(48), SUMS_8(56)
+#define SUMS_OF_4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
+#define SUMS_OF_8(i) SUMS_OF_4(i), SUMS_OF_4(i + 4)
+#define SUMS_4 SUMS_OF_4(0)
+#define SUMS_8 SUMS_OF_8(0)
+#define SUMS_12 SUMS_8, SUMS_OF_4(8)
+#define SUMS_16 SUMS_8, SUMS_OF_8(8)
+#define SUMS_20 SUMS_16, SUMS_OF_4(16)
+#define SUMS_24 SUMS_16, SUMS_OF_8(16)
+#define SUMS_28 SUMS_24, SUMS_OF_4(24)
+#define SUMS_32 SUMS_24, SUMS_OF_8(24)
+#define SUMS_64 SUMS_32, SUMS_OF_8(32), SUMS_OF_8(40), SUMS_OF_8(48), SUMS_OF_8(56)
 #define SUMS_128                                                                            \
-  SUMS_64, SUMS_8(64), SUMS_8(72), SUMS_8(80), SUMS_8(88), SUMS_8(96), SUMS_8(104),          \
-      SUMS_8(112), SUMS_8(120)
+  SUMS_64, SUMS_OF_8(64), SUMS_OF_8(72), SUMS_OF_8(80), SUMS_OF_8(88), SUMS_OF_8(96), SUMS_OF_8(104),          \
+      SUMS_OF_8(112), SUMS_OF_8(120)
 #define WGMMA(N, SUMS, A, B)                                                                \
   template <>                                                                               \
   __device__ __forceinline__ void wgmma<N>(float (&acc)[N / 2], u64 a, u64 b) {             \
@@ -141,6 +160,13 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
                  : SUMS_##SUMS                                                              \
                  : "l"(a), "l"(b));                                                         \
   }
+WGMMA(8, 4, 4, 5)
+WGMMA(16, 8, 8, 9)
+WGMMA(24, 12, 12, 13)
+WGMMA(32, 16, 16, 17)
+WGMMA(40, 20, 20, 21)
+WGMMA(48, 24, 24, 25)
+WGMMA(56, 28, 28, 29)
 WGMMA(64, 32, 32, 33)
 WGMMA(128, 64, 64, 65)
 WGMMA(256, 128, 128, 129)
@@ -155,6 +181,13 @@ WGMMA(256, 128, 128, 129)
                  : SUMS_##SUMS                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
   }
+WGMMA_REGISTERS(wgmma, 8, 4, 4, 5, 6, 7, 8, 0)
+WGMMA_REGISTERS(wgmma, 16, 8, 8, 9, 10, 11, 12, 0)
+WGMMA_REGISTERS(wgmma, 24, 12, 12, 13, 14, 15, 16, 0)
+WGMMA_REGISTERS(wgmma, 32, 16, 16, 17, 18, 19, 20, 0)
+WGMMA_REGISTERS(wgmma, 40, 20, 20, 21, 22, 23, 24, 0)
+WGMMA_REGISTERS(wgmma, 48, 24, 24, 25, 26, 27, 28, 0)
+WGMMA_REGISTERS(wgmma, 56, 28, 28, 29, 30, 31, 32, 0)
 WGMMA_REGISTERS(wgmma, 64, 32, 32, 33, 34, 35, 36, 0)
 WGMMA_REGISTERS(wgmma_rows, 256, 128, 128, 129, 130, 131, 132, 1)
 

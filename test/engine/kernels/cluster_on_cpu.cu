@@ -67,3 +67,5 @@ extern "C" __global__ void arrive_twice() {
   cluster_arrive();
   cluster_arrive();
 }
+
+extern "C" __global__ void settle_nothing() { settle((const void*)nullptr); }

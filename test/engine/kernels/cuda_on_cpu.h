@@ -21,6 +21,7 @@ struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -125,7 +126,13 @@ static inline void send(ClusterAddress variable, ClusterAddress barrier, float4 
     cpu::count((u64*)barrier.there, 0, -16);
   });
 }
-static inline void settle(const void*) {}
+static inline void settle(const void* address) {
+  if (!address) cpu::fail("settle: a null pointer");
+}
+static inline void settle_shared(const void* address) { settle(address); }
+static inline void settle(int number) {
+  if (number < 0) cpu::fail("settle: a negative number");
+}
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");

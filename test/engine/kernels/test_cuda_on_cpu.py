@@ -73,6 +73,7 @@ def test_a_block_begins_without_the_memory_of_the_last_one(blocks, cluster):
         ('half_a_barrier', 1, 'block 0: thread 32 waits for ever in __syncthreads'),
         ('half_a_barrier', 2, 'block 0: thread 32 waits for ever in __syncthreads'),
         ('arrive_twice', 2, 'cluster_arrive twice without cluster_wait'),
+        ('settle_nothing', 1, 'settle: a null pointer'),
         ('arrive_twice', 3, 'cluster size must be 1 to 16 and divide the number of blocks'),
     ],
 )

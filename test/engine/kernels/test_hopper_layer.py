@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import CpuModule
+from cuda_on_cpu import CpuModule, TensorMap
 
 from pi05_ros.engine.kernels import euler, hopper_layout, small_gemm, split_attention
-from pi05_ros.engine.kernels.adarms import GATE, adarms_reference
-from pi05_ros.engine.kernels.hopper_layout import HopperPlan, Slab, defines, pack, unpack
+from pi05_ros.engine.kernels.adarms import GATE, SCALE, SHIFT, adarms_reference
+from pi05_ros.engine.kernels.hopper_layout import (
+    PRODUCT_THREADS,
+    HopperPlan,
+    Slab,
+    defines,
+    pack,
+    token_rows,
+    unpack,
+)
 from pi05_ros.model.config import Pi05Config
 
 _SOURCE = Path(hopper_layout.__file__).with_name('hopper_layer.cu')
@@ -23,17 +31,26 @@ _CONFIG = replace(_FULL, expert=_EXPERT, vlm=replace(_FULL.vlm, depth=1, num_hea
 _ACTIONS, _ROOM = _CONFIG.action_dim, 96
 _SPARE_ROWS = 8  # behind the last token, where nothing is written
 _PLAN = HopperPlan(
-    qkv=Slab(32, 256), attention_out=Slab(64, 256), gate_up=Slab(64, 256), down=Slab(64, 256),
-    queries=32, ranges=3, keys=64,
+    qkv=Slab(128, 64, 4), attention_out=Slab(64, 256, 2), gate_up=Slab(128, 256, token_bytes=1),
+    down=Slab(64, 128, 4, token_bytes=1), queries=32, ranges=3, keys=64,
 )  # fmt: skip
-# Other clusters by horizon: in the attention some have ranges without a key, at a step's end 128,
-# 32, 64 and 256 columns per block.
+# The same products cut otherwise.
+_OTHER_CUT = replace(
+    _PLAN, qkv=Slab(64, 128, 2), attention_out=Slab(128, 64, 8, token_bytes=1),
+    gate_up=Slab(64, 256, token_bytes=1), down=Slab(128, 512, token_bytes=1),
+)  # fmt: skip
+# Other clusters by horizon: in products some have blocks that finish no token, in the attention
+# ranges without a key, and at a step's end blocks have 128, 32, 64, 128 and 256 columns.
 _PLANS = {
     50: replace(_PLAN, end_tokens=8, end_blocks=2),
-    33: replace(_PLAN, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
-    10: replace(_PLAN, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=4),
-    1: replace(_PLAN, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
-}
+    33: replace(_OTHER_CUT, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
+    15: replace(_OTHER_CUT, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=2),
+    10: replace(
+        _PLAN, down=Slab(64, 512, token_bytes=1), queries=16, ranges=8, keys=32, end_tokens=4,
+        end_blocks=4,
+    ),
+    1: replace(_OTHER_CUT, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
+}  # fmt: skip
 
 
 class CpuKernels:
@@ -49,6 +66,10 @@ class CpuKernels:
     ) -> None:
         self._module.launch(name, blocks, threads, cluster, *arguments)
 
+    def tokens(self, matrix: torch.Tensor) -> TensorMap:
+        """Return a matrix as the products take it."""
+        return TensorMap(matrix, token_rows(self.horizon))
+
 
 class GpuKernels:
     """The same on the GPU; arguments are copied there and back."""
@@ -60,7 +81,8 @@ class GpuKernels:
         sizes = tuple(defines(_PLANS[horizon], _CONFIG, horizon).items())
         self._module = compile_module(_SOURCE, sizes, torch.device('cuda'))
         self._shared_bytes = {
-            name: getattr(_PLAN, name).shared_bytes(horizon) for name in hopper_layout.PRODUCTS
+            name: getattr(_PLANS[horizon], name).shared_bytes(horizon)
+            for name in hopper_layout.PRODUCTS
         } | {'attend': _PLANS[horizon].attend_bytes(_EXPERT.head_dim)}
 
     def __call__(
@@ -75,6 +97,13 @@ class GpuKernels:
         for mine, its in zip(arguments, there, strict=True):
             if isinstance(mine, torch.Tensor):
                 mine.copy_(its)
+
+    def tokens(self, matrix: torch.Tensor):
+        """Return a matrix as the products take it."""
+        from pi05_ros.engine.kernels.nvrtc import TensorTiles
+
+        self._tokens = matrix.cuda()  # lives as long as the launch
+        return TensorTiles(self._tokens, token_rows(self.horizon), hopper_layout.TILE_COLUMNS)
 
 
 @pytest.fixture(scope='module', params=_PLANS)
@@ -98,7 +127,7 @@ def _seed() -> None:
     torch.manual_seed(3)
 
 
-@pytest.mark.parametrize('slab', [Slab(32, 128), Slab(64, 64)])
+@pytest.mark.parametrize('slab', [Slab(128, 64), Slab(64, 128)])
 def test_unpacking_gives_the_packed_weight_back(slab):
     weight = _randn(128, 256)
     order = torch.randperm(128)
@@ -107,16 +136,53 @@ def test_unpacking_gives_the_packed_weight_back(slab):
     assert not torch.equal(pack(weight, slab), weight)
 
 
-def test_qkv_is_rotated(kernels):
+def _run_product(
+    kernels, name: str, order, weight: torch.Tensor, tokens: torch.Tensor, *others, norm=()
+):
+    """Launch a product with packed weights; a cluster more than it needs writes nothing else."""
+    slab = getattr(_PLANS[kernels.horizon], name)
+    packed = pack(weight, slab, order and order(slab.features, _EXPERT))
+    kernels(
+        name, slab.blocks(*weight.shape) + slab.split, kernels.tokens(tokens), *norm, packed,
+        *others, threads=PRODUCT_THREADS, cluster=slab.split,
+    )  # fmt: skip
+
+
+def _squares(x: torch.Tensor, columns: int, parts: int) -> torch.Tensor:
+    """Return the sums of squares of x (H, W) as kernels leave them that write so many columns."""
+    squares = torch.zeros(len(x), parts)
+    for part, of_x in zip(squares.T, x.float().split(columns, dim=1), strict=False):
+        part.copy_(of_x.square().sum(1))
+    return squares
+
+
+def _before_a_norm(kernels, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return scaled x, its sums of squares and shift W^T, and the product behind the norm."""
+    width, parts = _EXPERT.width, _PLANS[kernels.horizon].square_parts(_EXPERT.width)
+    x, modulation = _randn(kernels.horizon, width), _randn(3, width, dtype=torch.float32)
+    x *= torch.rand(kernels.horizon, 1) + 0.1  # no two tokens have the same rms
+    scaled = (x.float() * (1 + modulation[SCALE])).bfloat16()
+    shift = modulation[SHIFT] @ weight.float().T
+    rms = (x.float().square().mean(1, keepdim=True) + _EXPERT.rms_norm_eps).sqrt()
+    product = (scaled.float() @ weight.float().T / rms + shift).bfloat16()
+    normed = adarms_reference(x, modulation, _EXPERT.rms_norm_eps)
+    assert _cosine(product, torch.nn.functional.linear(normed, weight)) > 0.9999
+    return scaled, _squares(x, width // parts, parts), shift, product
+
+
+def test_qkv_is_normed_and_rotated(kernels):
     h, width = kernels.horizon, _EXPERT.width
-    normed, weight = _randn(h, width), _randn(4 * 256, width, scale=width**-0.5)
+    weight = _randn(4 * 256, width, scale=width**-0.5)
+    scaled, squares, shift, product = _before_a_norm(kernels, weight)
     angle = torch.rand(_ROOM + h, 128) * 6
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     start = torch.tensor([7], dtype=torch.int32)
     out = torch.full((4, h, 256), float('nan'), dtype=torch.bfloat16)
-    packed = pack(weight, _PLAN.qkv, hopper_layout.qkv_order(32, _EXPERT))
-    kernels('qkv', _PLAN.qkv.blocks(*weight.shape), normed, packed, cos, sin, start, out)
-    heads = (normed.float() @ weight.float().T).bfloat16().unflatten(-1, (4, 256)).transpose(0, 1)
+    _run_product(
+        kernels, 'qkv', hopper_layout.qkv_order, weight, scaled, cos, sin, start, out,
+        norm=(squares, shift),
+    )  # fmt: skip
+    heads = product.unflatten(-1, (4, 256)).transpose(0, 1)
     first, second = heads[:-1].chunk(2, dim=-1)
     c, s = cos[7 : 7 + h], sin[7 : 7 + h]
     expected = torch.cat(
@@ -125,13 +191,16 @@ def test_qkv_is_rotated(kernels):
     assert _cosine(out, expected) > 0.999995
 
 
-def test_gate_and_up_make_geglu(kernels):
+def test_gate_and_up_are_normed_and_make_geglu(kernels):
     h, width, hidden = kernels.horizon, _EXPERT.width, _EXPERT.mlp_dim
-    normed, weight = _randn(h, width), _randn(2 * hidden, width, scale=width**-0.5)
+    weight = _randn(2 * hidden, width, scale=width**-0.5)
+    scaled, squares, shift, product = _before_a_norm(kernels, weight)
     out = torch.full((h, hidden), float('nan'), dtype=torch.bfloat16)
-    packed = pack(weight, _PLAN.gate_up, hopper_layout.gate_up_order(64, _EXPERT))
-    kernels('gate_up', _PLAN.gate_up.blocks(*weight.shape), normed, packed, out)
-    gate, up = torch.nn.functional.linear(normed, weight).chunk(2, dim=-1)
+    _run_product(
+        kernels, 'gate_up', hopper_layout.gate_up_order, weight, scaled, out,
+        norm=(squares, shift),
+    )  # fmt: skip
+    gate, up = product.chunk(2, dim=-1)
     expected = torch.nn.functional.gelu(gate, approximate='tanh') * up
     assert _cosine(out, expected) > 0.999995
 
@@ -139,25 +208,25 @@ def test_gate_and_up_make_geglu(kernels):
 @pytest.mark.parametrize('name', ['attention_out', 'down'])
 def test_a_product_reaches_the_residual_stream_and_the_next_norm(kernels, name):
     h, width = kernels.horizon, _EXPERT.width
-    slab = getattr(_PLAN, name)
-    depth = 512
+    plan, depth = _PLANS[h], 512
+    slab, parts = getattr(plan, name), plan.square_parts(width)
     tokens, weight = _randn(h, depth), _randn(width, depth, scale=depth**-0.5)
     modulation, following = _randn(2, 3, width, dtype=torch.float32)
-    x = _randn(h, width)
-    partials = torch.full((depth // slab.depth, h, width), float('nan'))
-    normed = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
-    before = x.clone()
-    packed = pack(weight, slab)
-    kernels(name, slab.blocks(*weight.shape), tokens, packed, partials)
-    assert torch.allclose(partials.sum(0), tokens.float() @ weight.float().T, atol=1e-4)
-    residual = 'residual_attention' if name == 'attention_out' else 'residual_mlp'
-    kernels(
-        residual, h, partials, modulation[GATE].contiguous(), following.contiguous(), x, normed,
-        threads=width // 4,
-    )  # fmt: skip
+    before = _randn(h, width)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        x, squares = before.clone(), torch.zeros(h, parts)
+        scaled = torch.full((h, width), float('nan'), dtype=torch.bfloat16)
+        gate, scale = modulation[GATE].contiguous(), following[SCALE].contiguous()
+        _run_product(kernels, name, None, weight, tokens, gate, scale, x, scaled, squares)
+        return x, scaled, squares
+
+    x, scaled, squares = run()
     expected = small_gemm.gated_residual_reference(before, tokens, weight, modulation)
     assert _cosine(x, expected) > 0.999995
-    assert _cosine(normed, adarms_reference(x, following, _EXPERT.rms_norm_eps)) > 0.999995
+    assert torch.equal(scaled, (x.float() * (1 + following[SCALE])).bfloat16())
+    assert torch.allclose(squares, _squares(x, slab.features, parts), rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip((x, scaled, squares), run(), strict=True))
 
 
 @pytest.mark.parametrize('prefix', [90, 64, 3])
@@ -179,17 +248,29 @@ def test_attention_sees_prefix_and_suffix(kernels, prefix):
 
 @pytest.fixture
 def step_end(kernels):
-    """Return a function that runs a step's end and returns x_t, x and the normed rows after it."""
+    """Return a function that runs a step's end and returns x_t, x, scaled x and squares."""
     h, width, plan = kernels.horizon, _EXPERT.width, _PLANS[kernels.horizon]
     w_out, b_out = torch.randn(_ACTIONS, width) * width**-0.5, torch.randn(_ACTIONS)
     w_in, b_in = torch.randn(width, _ACTIONS) * _ACTIONS**-0.5, torch.randn(width)
-    modulation = torch.randn(3, width)
-    normed, before = _randn(h, width), torch.randn(h, _ACTIONS)
+    final, following = torch.randn(2, 3, width)
+    last, before = _randn(h, width), torch.randn(h, _ACTIONS)
+    last *= torch.rand(h, 1) + 0.1
+    scaled = (last.float() * (1 + final[SCALE])).bfloat16()
+    parts = plan.square_parts(width)
+    squares = _squares(last, width // parts, parts)
+    velocity_bias = b_out + w_out @ final[SHIFT]
+    next_scale = following[SCALE].contiguous()
 
     def expected(leave: int) -> tuple[torch.Tensor, ...]:
-        x_t = before - 0.1 * (normed.float() @ w_out.T + b_out) if leave else before
-        x = euler.enter_reference(x_t, w_in, b_in, torch.bfloat16)
-        return x_t, x, adarms_reference(x, modulation, 1e-6)
+        if not leave:
+            return before, euler.enter_reference(before, w_in, b_in, torch.bfloat16)
+        rms = (last.float().square().mean(1, keepdim=True) + _EXPERT.rms_norm_eps).sqrt()
+        x_t = before - 0.1 * (scaled.float() @ w_out.T / rms + velocity_bias)
+        plain = euler.leave_reference(
+            last, before, final, w_out, b_out, -0.1, _EXPERT.rms_norm_eps
+        )
+        assert torch.allclose(x_t, plain, atol=4e-3)
+        return x_t, euler.enter_reference(x_t, w_in, b_in, torch.bfloat16)
 
     def run(leave: int, enter: int, in_place: bool = False) -> tuple[torch.Tensor, ...]:
         def room(*first: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -199,33 +280,37 @@ def step_end(kernels):
         from_ = room(before, columns=_ACTIONS, dtype=torch.float32)
         to = from_ if in_place else room(columns=_ACTIONS, dtype=torch.float32)
         x = room(columns=width, dtype=torch.bfloat16)
-        rows = room(normed, columns=width, dtype=torch.bfloat16)
+        rows = room(scaled, columns=width, dtype=torch.bfloat16)
+        of_x = room(torch.zeros(h, parts), columns=parts, dtype=torch.float32)
         kernels(
-            'step_end', plan.step_end_blocks(h), rows, w_out, b_out, w_in, b_in, modulation,
-            from_, to, x, -0.1, leave, enter, cluster=plan.end_blocks,
+            'step_end', plan.step_end_blocks(h), rows, squares, w_out, velocity_bias, w_in, b_in,
+            next_scale, from_, to, x, of_x, -0.1, leave, enter, cluster=plan.end_blocks,
         )  # fmt: skip
-        for written in (to, x, rows):
+        for written in (to, x, rows, of_x):
             assert written[h:].isnan().all()
-        assert torch.equal(rows[:h], normed) or enter
-        return to[:h], x[:h], rows[:h]
+        assert torch.equal(rows[:h], scaled) or enter
+        return to[:h], x[:h], rows[:h], of_x[:h]
 
-    run.expected = expected
+    run.expected, run.next_scale = expected, next_scale
     return run
 
 
 @pytest.mark.parametrize('leave, enter', [(0, 1), (1, 1), (1, 0)])
-def test_a_step_ends_in_float32(step_end, leave, enter):
-    after, x, normed = step_end(leave, enter)
-    x_t, expected_x, expected_normed = step_end.expected(leave)
+def test_a_step_ends_in_float32(kernels, step_end, leave, enter):
+    after, x, scaled, squares = step_end(leave, enter)
+    x_t, expected_x = step_end.expected(leave)
     if leave:
         assert torch.allclose(after, x_t, atol=1e-5)
     else:
         assert after.isnan().all()
     if enter:
         assert _cosine(x, expected_x) > 0.999995
-        assert _cosine(normed, expected_normed) > 0.999995
+        assert torch.equal(scaled, (x.float() * (1 + step_end.next_scale)).bfloat16())
+        columns = x.shape[1] // _PLANS[kernels.horizon].end_blocks
+        assert torch.allclose(squares, _squares(x, columns, squares.shape[1]), rtol=1e-5)
     else:
         assert x.isnan().all()
+        assert not squares.any()
 
 
 def test_a_step_may_end_in_place_with_the_same_bits(step_end):
