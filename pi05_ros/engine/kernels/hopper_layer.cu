@@ -27,10 +27,10 @@
 //
 // Compile-time sizes (macros): HORIZON, WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS, EPS; of each product
 // *_FEATURES and *_DEPTH of K per block, *_SPLIT blocks of a cluster along K, *_STAGES steps of K
-// whose tokens have room beside all weights; QUERY_BLOCK (a multiple of 16) query rows per cluster,
-// RANGES of keys with at most KEYS (a multiple of 16) in each; END_TOKENS per cluster of END_BLOCKS
-// at a step's end; SQUARES parts of a sum of squares. Storage is bfloat16, held as unsigned short;
-// sums are float32.
+// whose tokens have room beside all weights, *_IN_FLIGHT bytes of weights on their way at once;
+// QUERY_BLOCK (a multiple of 16) query rows per cluster, RANGES of keys with at most KEYS (a multiple
+// of 16) in each; END_TOKENS per cluster of END_BLOCKS at a step's end; SQUARES parts of a sum of
+// squares. Storage is bfloat16, held as unsigned short; sums are float32.
 // Plain twins: small_gemm.py, split_attention.py, euler.py.
 #include "hopper_attention.cuh"
 #include "hopper_product.cuh"
@@ -38,11 +38,15 @@
 
 constexpr int kHalf = HEAD_DIM / 2;
 
-typedef Product<QKV_FEATURES, QKV_DEPTH, QKV_SPLIT, QKV_STAGES, WIDTH, (HEADS + 2) * HEAD_DIM>
+typedef Product<QKV_FEATURES, QKV_DEPTH, QKV_SPLIT, QKV_STAGES, QKV_IN_FLIGHT, WIDTH,
+                (HEADS + 2) * HEAD_DIM>
     Qkv;
-typedef Product<OUT_FEATURES, OUT_DEPTH, OUT_SPLIT, OUT_STAGES, HEADS * HEAD_DIM, WIDTH> Out;
-typedef Product<UP_FEATURES, UP_DEPTH, UP_SPLIT, UP_STAGES, WIDTH, 2 * MLP> Up;
-typedef Product<DOWN_FEATURES, DOWN_DEPTH, DOWN_SPLIT, DOWN_STAGES, MLP, WIDTH> Down;
+typedef Product<OUT_FEATURES, OUT_DEPTH, OUT_SPLIT, OUT_STAGES, OUT_IN_FLIGHT, HEADS * HEAD_DIM,
+                WIDTH>
+    Out;
+typedef Product<UP_FEATURES, UP_DEPTH, UP_SPLIT, UP_STAGES, UP_IN_FLIGHT, WIDTH, 2 * MLP> Up;
+typedef Product<DOWN_FEATURES, DOWN_DEPTH, DOWN_SPLIT, DOWN_STAGES, DOWN_IN_FLIGHT, MLP, WIDTH>
+    Down;
 
 // What the sums of a product behind a norm need of the block's tokens.
 template <class P>

@@ -30,6 +30,8 @@ _TILE_ALIGN = 1024
 _ATTEND_BYTES = 116 * 1024  # no second block fits beside it
 _OUT_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
 _MLP_TOKEN_BYTES = 14 * 1024  # so that blocks of gate_up and down fit beside each other
+# Weights compete for device memory: those of gate_up are needed first and are the most.
+_UP_IN_FLIGHT_BYTES, _DOWN_IN_FLIGHT_BYTES = 64 * 1024, 24 * 1024
 _PROCESSOR_BYTES = 228 * 1024
 _DECLARED_BYTES = 4 * 1024  # what two blocks take beside it, at most
 PRODUCTS = ('qkv', 'attention_out', 'gate_up', 'down')  # fields of plan and weights alike
@@ -49,6 +51,7 @@ class Slab:
     split: int = 1
     least_bytes: int = 0  # of shared memory
     token_bytes: int = 28 * 1024  # of it for tokens; there always is room for a step per group
+    in_flight_bytes: int = 32 * 1024  # of weights that are on their way at once
 
     def blocks(self, rows: int, columns: int) -> int:
         """Return the number of blocks for weights of (rows, columns)."""
@@ -129,12 +132,18 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
     plan = HopperPlan(
         qkv=Slab(128, expert.width // 4, 4),
         attention_out=Slab(64, heads // 8, 8, least_bytes=_OUT_BYTES),
-        gate_up=Slab(128, expert.width // 2, 2, token_bytes=_MLP_TOKEN_BYTES),
-        down=Slab(64, expert.mlp_dim // 8, 8, token_bytes=_MLP_TOKEN_BYTES),
+        gate_up=Slab(
+            128, expert.width // 2, 2, token_bytes=_MLP_TOKEN_BYTES,
+            in_flight_bytes=_UP_IN_FLIGHT_BYTES,
+        ),
+        down=Slab(
+            64, expert.mlp_dim // 8, 8, token_bytes=_MLP_TOKEN_BYTES,
+            in_flight_bytes=_DOWN_IN_FLIGHT_BYTES,
+        ),
         queries=queries,
         ranges=_RANGES,
         keys=-(-(new_rows - (-max_prefix // _RANGES)) // 16) * 16,
-    )
+    )  # fmt: skip
     beside = _PROCESSOR_BYTES - _DECLARED_BYTES - plan.attend_bytes(expert.head_dim)
     if plan.qkv.shared_bytes(horizon) > beside:
         return replace(plan, qkv=Slab(64, expert.width // 4, 4))
@@ -177,6 +186,7 @@ def defines(plan: HopperPlan, config: Pi05Config, horizon: int) -> dict[str, int
         products[f'{macro}_DEPTH'] = slab.depth
         products[f'{macro}_SPLIT'] = slab.split
         products[f'{macro}_STAGES'] = slab.stages(horizon)
+        products[f'{macro}_IN_FLIGHT'] = slab.in_flight_bytes
     return products | {
         'HORIZON': horizon,
         'WIDTH': expert.width,

@@ -8,10 +8,6 @@ constexpr int kTokens = (HORIZON + 7) / 8 * 8;  // columns of the warpgroup inst
 constexpr int kProductThreads = kThreads + 32;  // two warpgroups multiply, a warp brings weights
 constexpr int kStepColumns = 64;                // of K: one tile of weights and one of tokens
 constexpr int kMaxSteps = 16;
-constexpr int kInFlightBytes = 32 * 1024;  // of weights that are on their way at once
-// Blocks with other features begin at another step: if all asked for the same columns of the same
-// rows at once, a few slices of L2 would have to deliver them.
-constexpr bool kRotate = true;
 constexpr int kTokenTileBytes = kTokens * kStepColumns * 2;
 constexpr int kWeightTileBytes = 64 * kStepColumns * 2;
 static_assert(kTokenTileBytes <= kWeightTileBytes, "tokens take the place of weights");
@@ -27,8 +23,10 @@ struct Arrivals {  // barriers, each used once
 // features if there are 128, and the steps along K if there are 64. The kSplit blocks of a cluster
 // have the same features and neighbouring parts of K, together all of it; each adds up and finishes
 // some tokens. Tokens of kStages steps have room of their own; those of later steps take the place
-// of the first weights, which wait in registers, and of weights and tokens that have been used.
-template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kStride, int kRows>
+// of the first weights, which wait in registers, and of weights and tokens that have been used. Few
+// weights are on their way at once: what other kernels wait for would queue behind them.
+template <int kFeatures_, int kDepth_, int kSplit_, int kStages_, int kInFlightBytes, int kStride,
+          int kRows>
 struct Product {
   static constexpr int kFeatures = kFeatures_, kDepth = kDepth_, kSplit = kSplit_;
   static constexpr int kStages = kStages_, kSteps = kDepth / kStepColumns;
@@ -46,6 +44,7 @@ struct Product {
   static constexpr int kShare = (HORIZON + kSplit - 1) / kSplit;  // tokens that a block finishes
   static_assert(kFeatures == 64 || kFeatures == 128, "a tile or two of 64 features");
   static_assert(kRows % kFeatures == 0 && kDepth % (kStepColumns * kGroups) == 0, "tiling");
+  static_assert(kInFlight > 0, "a step of weights at least");
   static_assert(kSteps <= kMaxSteps && kStages <= kSteps && kStages % kGroups == 0, "steps");
   static_assert(kStride == kDepth * kSplit && (kSplit & (kSplit - 1)) == 0, "all of K");
   static_assert(kSplit * kShare <= kTokens, "there are sums of all that a cluster finishes");
@@ -64,12 +63,8 @@ struct Product {
     return max(min(kShare, HORIZON - token0()), 0);
   }
 
-  // The step along K that comes at a place of the block's order.
-  static __device__ __forceinline__ int step_at(int place) {
-    return kRotate ? (place + unit()) % kSteps : place;
-  }
-  static __device__ __forceinline__ int column_at(int place) {
-    return rank() * kDepth + step_at(place) * kStepColumns;
+  static __device__ __forceinline__ int column_at(int step) {
+    return rank() * kDepth + step * kStepColumns;
   }
 
   // Shared memory: weights in the order of their steps, then tokens. Once everything is read, the
@@ -77,9 +72,9 @@ struct Product {
   static __device__ __forceinline__ char* weight_tiles() {
     return (char*)shared_memory + (0 - (u32)(u64)shared_memory) % 1024;  // seen to be shared
   }
-  // The tokens of a place that have room of their own.
-  static __device__ __forceinline__ char* first_tokens(int place) {
-    return weight_tiles() + kSteps * kStepBytes + place * kTokenTileBytes;
+  // The tokens of a step that have room of their own.
+  static __device__ __forceinline__ char* first_tokens(int step) {
+    return weight_tiles() + kSteps * kStepBytes + step * kTokenTileBytes;
   }
   // The tokens of a group's turn, which may take the place of what the group is done with.
   static __device__ __forceinline__ char* tokens_of(int turn, int group) {
@@ -127,16 +122,14 @@ struct Product {
 
   static __device__ __forceinline__ bool brings() { return threadIdx.x >= kThreads; }
 
-  // Bring the block's weights, few at once: what other kernels wait for would queue behind them.
-  // Then the tokens that take the place of others.
+  // Bring the block's weights, then the tokens that take the place of others.
   static __device__ __forceinline__ void bring(const bf16* packed, const TensorMap& map,
                                                Arrivals& arrived) {
     if (!elected()) return;
     const char* source = (const char*)packed + (size_t)block() * kSteps * kStepBytes;
     for (int i = 0; i < kSteps; i++) {
       if (i >= kInFlight) barrier_wait(arrived.weights + i - kInFlight);
-      copy_bulk(weight_tiles() + i * kStepBytes, source + step_at(i) * kStepBytes, kStepBytes,
-                arrived.weights + i);
+      copy_bulk(weight_tiles() + i * kStepBytes, source + i * kStepBytes, kStepBytes, arrived.weights + i);
     }
     if (kStages == kSteps) return;
     wait_for_previous();
@@ -182,10 +175,10 @@ struct Product {
     }
 #pragma unroll
     for (int i = 0; i < kTurns; i++) {
-      int place = i * kGroups + group;
-      if (!kHolds || i > 0) barrier_wait(arrived.weights + place);
-      barrier_wait(arrived.tokens + place);
-      u64 a = tile_operand(weights + place * kStepBytes), b = tile_operand(tokens_of(i, group));
+      int step = i * kGroups + group;
+      if (!kHolds || i > 0) barrier_wait(arrived.weights + step);
+      barrier_wait(arrived.tokens + step);
+      u64 a = tile_operand(weights + step * kStepBytes), b = tile_operand(tokens_of(i, group));
       wgmma_begin();
 #pragma unroll
       for (int k = 0; k < kStepColumns / 16; k++) {
@@ -195,7 +188,7 @@ struct Product {
       wgmma_commit();
       if (i < kGivenBack) {
         wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(arrived.used + place);
+        if (lane == 0) barrier_arrive(arrived.used + step);
       }
     }
     meanwhile();
