@@ -1,0 +1,210 @@
+"""The products of vision on Hopper GPUs against their twins, and how they are cut up.
+
+Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.py); as they are on a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_on_cpu import CpuModule, TensorMap
+
+from pi05_ros.engine.kernels import hopper_vision_product
+from pi05_ros.engine.kernels.folded_norm import (
+    NormedLinear,
+    RowMoments,
+    add_linear_plain,
+    fold_norm,
+    normed_linear_plain,
+    round_rows_plain,
+)
+from pi05_ros.engine.kernels.hopper_vision_product import Tiling, choose_tiling
+
+_EPS = 1e-6
+_PROCESSORS = 132
+
+
+class Drawn:
+    """The operands of a layer: rows around some mean, a norm and a linear layer."""
+
+    def __init__(self, rows: int, features: int, depth: int, mean: float = 0.3) -> None:
+        generator = torch.Generator().manual_seed(rows + features + depth)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.x = (normal(rows, depth) + mean).bfloat16()
+        self.norm_weight, self.norm_bias = 1.0 + 0.3 * normal(depth), normal(depth)
+        self.weight = normal(features, depth) * depth**-0.5
+        self.bias = normal(features)
+        self.old = (3.0 * normal(rows, features) + mean).bfloat16()
+
+    def folded(self) -> NormedLinear:
+        return fold_norm(self.norm_weight, self.norm_bias, self.weight, self.bias, torch.bfloat16)
+
+    def normed(self, gelu: bool) -> torch.Tensor:
+        """Return what PyTorch makes of the norm and the layer in double precision."""
+        width, double = self.x.shape[1:], torch.double
+        normed = torch.nn.functional.layer_norm(
+            self.x.to(double), width, self.norm_weight.to(double), self.norm_bias.to(double), _EPS
+        )
+        out = torch.nn.functional.linear(normed, self.weight.to(double), self.bias.to(double))
+        return torch.nn.functional.gelu(out, approximate='tanh') if gelu else out
+
+
+def _moments(x: torch.Tensor, part_columns: int) -> RowMoments:
+    moments = RowMoments.zeros(*x.shape, part_columns, x.device)
+    round_rows_plain(x, torch.empty_like(x), moments)
+    return moments
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def _compile(tmp_path_factory, tiling: Tiling, **macros: int) -> CpuModule:
+    library = tmp_path_factory.mktemp('vision_product') / 'vision_product.so'
+    return CpuModule(hopper_vision_product._SOURCE, {**tiling.defines(), **macros}, library)
+
+
+def _launch(kernels, tiling, x, weight, bias, sums, moments, out) -> None:
+    (rows, depth), features = x.shape, weight.shape[0]
+    kernels.launch(
+        'vision_product', tiling.blocks(rows, features), tiling.threads(), tiling.cluster,
+        TensorMap(x, tiling.rows), TensorMap(weight, tiling.features // tiling.cluster),
+        bias, sums, moments, out, rows, features, depth, _EPS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('tiling', 'part_columns', 'gelu', 'rows', 'features', 'depth'),
+    [
+        (Tiling(128, 128, 2), 96, False, 200, 136, 200),
+        (Tiling(128, 144, 2), 96, True, 150, 184, 480),
+        (Tiling(128, 160, 2, rotate=False), 64, False, 100, 160, 136),
+        (Tiling(128, 208, 2), 128, True, 256, 216, 64),
+        (Tiling(64, 144, 1), 64, True, 70, 152, 328),
+        (Tiling(64, 128, 1), 64, False, 130, 128, 72),
+    ],
+    ids=str,
+)
+def test_a_norm_folded_into_a_product_is_the_norm_and_the_product(
+    tmp_path_factory, tiling, part_columns, gelu, rows, features, depth
+):
+    drawn = Drawn(rows, features, depth)
+    layer, moments = drawn.folded(), _moments(drawn.x, part_columns)
+    macros = {'PARTS': len(moments.values), 'PART_FEATURES': part_columns}
+    kernels = _compile(tmp_path_factory, tiling, **macros, **({'GELU': 1} if gelu else {}))
+    room = torch.full((rows + 1, features), float('nan'), dtype=torch.bfloat16)
+    _launch(
+        kernels, tiling, drawn.x, layer.weight, layer.bias, layer.sums, moments.values, room[:rows]
+    )
+    twin = torch.empty(rows, features)
+    exact_layer = NormedLinear(layer.weight.float(), layer.sums, layer.bias)
+    normed_linear_plain(drawn.x.float(), moments, exact_layer, _EPS, twin, gelu=gelu)
+    assert room[rows].isnan().all()
+    assert _error(room[:rows], twin) < 3e-3
+    assert _error(room[:rows], drawn.normed(gelu)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ('tiling', 'rows', 'features', 'depth'),
+    [
+        (Tiling(64, 96, 1), 130, 200, 72),
+        (Tiling(64, 96, 4), 200, 104, 456),
+        (Tiling(128, 64, 2), 150, 136, 64),
+        (Tiling(64, 128, 1, rotate=False), 64, 128, 136),
+        (Tiling(64, 64, 4), 256, 64, 400),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('mean', [0.3, 50.0])
+def test_a_sum_leaves_the_moments_of_its_rows(
+    tmp_path_factory, tiling, rows, features, depth, mean
+):
+    drawn = Drawn(rows, features, depth, mean)
+    kernels = _compile(tmp_path_factory, tiling, RESIDUAL=1)
+    weight = drawn.weight.bfloat16()
+    room = torch.full((rows + 1, features), float('nan'), dtype=torch.bfloat16)
+    room[:rows] = drawn.old
+    moments = RowMoments.zeros(rows, features, tiling.features, room.device)
+    moments.values.fill_(float('nan'))
+    _launch(kernels, tiling, drawn.x, weight, drawn.bias, drawn.bias, moments.values, room[:rows])
+    twin = drawn.old.float()
+    add_linear_plain(
+        drawn.x.float(), weight.float(), drawn.bias, twin, _moments(twin, tiling.features)
+    )
+    assert room[rows].isnan().all()
+    assert _error(room[:rows], twin) < 3e-3
+    assert torch.allclose(
+        moments.values, _moments(room[:rows], tiling.features).values, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_rows_far_from_zero_keep_their_variance(tmp_path_factory):
+    """E[x^2] - mean^2 in float32 would be off by percents here."""
+    drawn = Drawn(64, 64, 1152, mean=50.0)
+    drawn.x = (drawn.x.double() * 64).round().div(64).bfloat16()
+    layer, moments = drawn.folded(), _moments(drawn.x, 96)
+    tiling = Tiling(64, 64, 1)
+    kernels = _compile(tmp_path_factory, tiling, PARTS=12, PART_FEATURES=96)
+    out = torch.empty(64, 64, dtype=torch.bfloat16)
+    _launch(kernels, tiling, drawn.x, layer.weight, layer.bias, layer.sums, moments.values, out)
+    normed = torch.nn.functional.layer_norm(drawn.x.double(), (1152,), eps=_EPS)
+    exact = normed @ layer.weight.double().T + layer.bias
+    assert _error(out, exact) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a Hopper GPU')
+@pytest.mark.parametrize('rows', [256, 512, 768])
+def test_a_layer_matches_its_twins_at_full_size(rows):
+    device = torch.device('cuda')
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip('needs a Hopper GPU')
+    kernels = hopper_vision_product.HopperVisionProduct(device)
+    fc1, fc2 = Drawn(rows, 4304, 1152), Drawn(rows, 1152, 4304)
+    x, layer, bias = fc1.x.to(device), fc1.folded(), fc2.bias.to(device)
+    layer = NormedLinear(*(t.to(device) for t in (layer.weight, layer.sums, layer.bias)))
+    weight = fc2.weight.bfloat16().to(device)
+    moments, found = _moments(x, 96), kernels.moments(rows, 1152, 4304)
+    results = []
+    for _ in range(2):
+        hidden = torch.full((rows, 4304), float('nan'), dtype=torch.bfloat16, device=device)
+        out = fc2.old.to(device)
+        kernels.normed(x, moments, layer, _EPS, hidden, gelu=True)
+        kernels.add(hidden, weight, bias, out, found)
+        results.append(out)
+    twin = fc2.old.to(device).float()
+    add_linear_plain(hidden.float(), weight.float(), bias, twin, _moments(twin, 96))
+    assert _error(hidden.cpu(), fc1.normed(gelu=True)) < 5e-3
+    assert _error(out, twin) < 3e-3
+    assert torch.equal(*results)
+    exact = _moments(out, found.part_columns)
+    assert torch.allclose(found.values, exact.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('rows', 'features', 'depth', 'tiling'),
+    [
+        (512, 3456, 1152, Tiling(128, 128, 2)),
+        (512, 1152, 1152, Tiling(64, 96, 1)),
+        (512, 4304, 1152, Tiling(128, 144, 2)),
+        (512, 1152, 4304, Tiling(64, 96, 4)),
+        (768, 3456, 1152, Tiling(128, 160, 2)),
+        (256, 1152, 4304, Tiling(64, 64, 4)),
+    ],
+)
+def test_the_released_model_takes_one_turn_with_the_smallest_tiles(rows, features, depth, tiling):
+    assert choose_tiling(rows, features, depth, _PROCESSORS) == tiling
+    assert tiling.blocks(rows, features) <= _PROCESSORS
+
+
+@pytest.mark.parametrize('rows', [49, 200, 256, 300, 512, 768])
+@pytest.mark.parametrize('features', [96, 1152, 2048, 3456, 4304])
+def test_a_grid_is_whole_clusters_and_two_rings_fit_but_for_the_largest(rows, features):
+    tiling = choose_tiling(rows, features, 1152, _PROCESSORS)
+    assert tiling.blocks(rows, features) % tiling.cluster == 0
+    assert tiling.features // tiling.cluster % 8 == 0
+    if (tiling.rows, tiling.features) != (128, 208):
+        assert tiling.shared_bytes() <= 112 * 1024
