@@ -4,7 +4,7 @@
 // A block computes a tile of TILE_ROWS x TILE_FEATURES. One warp brings 64 columns of K at a time
 // into a ring of STAGES in shared memory, a warpgroup per 64 rows multiplies. The CLUSTER blocks of
 // a cluster have different rows and the same features: each brings its share of the features, once
-// from L2 into all of them. A block takes half of the shared memory, so that blocks of the next kernel
+// from L2 into all of them. A block leaves shared memory to blocks of the next kernel, which
 // bring their first weights while it still multiplies.
 //
 // x enters as LayerNorm(x). With the norm's weight multiplied into `weight`, and what its bias adds to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,8 +15,9 @@ from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_vision_product.cu')
 _DEPTH = 64  # of a step along K
-# Half of a multiprocessor's shared memory, less what a block has beside its ring.
-_RING_BYTES = 110 * 1024
+# Blocks of neighbouring kernels divide the shared memory of a multiprocessor: a product that adds
+# to x stands between two others, or behind the attention, which takes 144 KB.
+_NORMED_RING_BYTES, _ADDED_RING_BYTES = 140 * 1024, 80 * 1024
 _MIN_STAGES = 3
 _TILE_ROWS = (64, 128)
 _TILE_FEATURES = (208, 160, 144, 128, 96, 64)
@@ -30,19 +32,21 @@ class Tiling:
     Args:
         rows, features: of a tile.
         cluster: blocks with different rows that share their features' weights.
+        stages: of the ring in shared memory.
         rotate: blocks with different features begin at different columns of x.
     """
 
     rows: int
     features: int
     cluster: int
+    stages: int
     rotate: bool = True
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
             'TILE_ROWS': self.rows, 'TILE_FEATURES': self.features, 'CLUSTER': self.cluster,
-            'STAGES': self._stages(), 'ROTATE': int(self.rotate),
+            'STAGES': self.stages, 'ROTATE': int(self.rotate),
         }  # fmt: skip
 
     def threads(self) -> int:
@@ -51,26 +55,31 @@ class Tiling:
 
     def shared_bytes(self) -> int:
         """Return the shared memory of a block: its ring, with room to begin at 1024 bytes."""
-        return self._stages() * self._stage_bytes() + 1024
+        return self.stages * _stage_bytes(self.rows, self.features) + 1024
 
     def blocks(self, rows: int, features: int) -> int:
         """Return the grid: one block per tile, in whole clusters."""
         row_clusters = -(-rows // (self.rows * self.cluster))
         return row_clusters * self.cluster * -(-features // self.features)
 
-    def _stage_bytes(self) -> int:
-        return (self.rows + self.features) * _DEPTH * 2
 
-    def _stages(self) -> int:
-        return max(_MIN_STAGES, _RING_BYTES // self._stage_bytes())
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a product, and whether it adds to x or x enters it through a norm."""
+
+    rows: int
+    features: int
+    depth: int
+    adds: bool
 
 
-def choose_tiling(rows: int, features: int, depth: int, processors: int) -> Tiling:
+def choose_tiling(shape: Shape, processors: int) -> Tiling:
     """Return the tiling with the fewest turns, weighted by the tile, then the fewest operands.
 
     Neighbouring row tiles form clusters where their number allows it: pairs of 128 rows, and where
     K is long as many as four of 64.
     """
+    rows, features = shape.rows, shape.features
 
     def cost(tile: tuple[int, int]) -> tuple[int, int]:
         tiles = -(-rows // tile[0]) * -(-features // tile[1])
@@ -78,9 +87,15 @@ def choose_tiling(rows: int, features: int, depth: int, processors: int) -> Tili
 
     tile_rows, tile_features = min(product(_TILE_ROWS, _TILE_FEATURES), key=cost)
     row_tiles = -(-rows // tile_rows)
-    largest = 2 if tile_rows == 128 else 4 if depth >= _LONG_DEPTH else 1
+    largest = 2 if tile_rows == 128 else 4 if shape.depth >= _LONG_DEPTH else 1
     cluster = next(size for size in (4, 2, 1) if size <= largest and row_tiles % size == 0)
-    return Tiling(tile_rows, tile_features, cluster)
+    ring = _ADDED_RING_BYTES if shape.adds else _NORMED_RING_BYTES
+    stages = max(_MIN_STAGES, ring // _stage_bytes(tile_rows, tile_features))
+    return Tiling(tile_rows, tile_features, cluster, stages)
+
+
+def _stage_bytes(rows: int, features: int) -> int:
+    return (rows + features) * _DEPTH * 2
 
 
 class HopperVisionProduct:
@@ -89,11 +104,11 @@ class HopperVisionProduct:
     All start before the kernel before them has completed, and let the next one do so.
 
     Args:
-        tilings: other tilings than :func:`choose_tiling`'s, by (rows, features, depth).
+        tilings: other tilings than :func:`choose_tiling`'s.
     """
 
     def __init__(
-        self, device: torch.device, tilings: dict[tuple[int, int, int], Tiling] | None = None
+        self, device: torch.device, tilings: Mapping[Shape, Tiling] | None = None
     ) -> None:
         self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -102,7 +117,7 @@ class HopperVisionProduct:
 
     def moments(self, rows: int, width: int, depth: int) -> RowMoments:
         """Return room for what :meth:`add` leaves of a (``rows``, ``width``) result."""
-        tiling = self._tiling(rows, width, depth)
+        tiling = self._tiling(Shape(rows, width, depth, adds=True))
         return RowMoments.zeros(rows, width, tiling.features, self._device)
 
     def normed(
@@ -114,11 +129,10 @@ class HopperVisionProduct:
         Raises:
             BackendError: the source does not compile here.
         """
-        parts = moments.values.shape[0]
-        macros = {'PARTS': parts, 'PART_FEATURES': moments.part_columns}
+        macros = {'PARTS': moments.values.shape[0], 'PART_FEATURES': moments.part_columns}
         if gelu:
             macros['GELU'] = 1
-        self._launch(x, layer.weight, layer.bias, layer.sums, moments, out, eps, macros)
+        self._launch(x, layer, moments, out, eps, macros)
 
     def add(
         self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: RowMoments
@@ -128,31 +142,30 @@ class HopperVisionProduct:
         Raises:
             BackendError: the source does not compile here.
         """
-        self._launch(x, weight, bias, bias, moments, out, 0.0, {'RESIDUAL': 1})
+        self._launch(x, NormedLinear(weight, bias, bias), moments, out, 0.0, {'RESIDUAL': 1})
 
     def _launch(
-        self, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, moments: RowMoments,
-        out: Tensor, eps: float, macros: dict[str, int],
+        self, x: Tensor, layer: NormedLinear, moments: RowMoments, out: Tensor, eps: float,
+        macros: dict[str, int],
     ) -> None:  # fmt: skip
-        rows, depth = x.shape
-        features = weight.shape[0]
-        tiling = self._tiling(rows, features, depth)
-        assert 'RESIDUAL' not in macros or moments.part_columns == tiling.features
+        (rows, depth), features = x.shape, layer.weight.shape[0]
+        adds = 'RESIDUAL' in macros
+        tiling = self._tiling(Shape(rows, features, depth, adds))
+        assert not adds or moments.part_columns == tiling.features
         blocks = tiling.blocks(rows, features)
         self._kernel(tiling, blocks, macros).launch(
             (
                 TensorTiles(x, tiling.rows, _DEPTH),
-                TensorTiles(weight, tiling.features // tiling.cluster, _DEPTH),
-                bias, sums, moments.values, out, rows, features, depth, eps,
+                TensorTiles(layer.weight, tiling.features // tiling.cluster, _DEPTH),
+                layer.bias, layer.sums, moments.values, out, rows, features, depth, eps,
             ),
             early=True,
         )  # fmt: skip
 
-    def _tiling(self, rows: int, features: int, depth: int) -> Tiling:
-        key = (rows, features, depth)
-        if key not in self._tilings:
-            self._tilings[key] = choose_tiling(*key, self._processors)
-        return self._tilings[key]
+    def _tiling(self, shape: Shape) -> Tiling:
+        if shape not in self._tilings:
+            self._tilings[shape] = choose_tiling(shape, self._processors)
+        return self._tilings[shape]
 
     def _kernel(self, tiling: Tiling, blocks: int, macros: dict[str, int]) -> CudaKernel:
         defines = (*tiling.defines().items(), *macros.items())
