@@ -273,7 +273,9 @@ class CudaPipeline(Pipeline):
     def _build_vision(self, state: State, num_views: int) -> VisionStage | FoldedVisionStage:
         config, ops, prefix = self.config, self._ops, self.prefill.prefix
         if isinstance(ops, HopperOps):
-            folded = pack_folded_vision(state, config, prefix.dtype, prefix.device)
+            folded = pack_folded_vision(
+                state, config, prefix.dtype, prefix.device, ops.order_features
+            )
             return FoldedVisionStage(folded, config, ops, num_views, prefix)
         weights = pack_vision(state, config, prefix.dtype, prefix.device)
         return VisionStage(weights, config, ops, num_views, prefix)

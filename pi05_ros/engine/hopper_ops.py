@@ -14,7 +14,7 @@ from .kernels import folded_norm, hopper_gate_up, rope
 from .kernels.folded_norm import NormedLinear, RowMoments
 from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
-from .kernels.hopper_vision_product import HopperVisionProduct
+from .kernels.hopper_vision_product import HopperVisionProduct, order_features
 from .kernels.nvrtc import has_bindings
 from .ops import FusedOps, Ops, PlainGpuOps
 from .tuning import TunedChoices, load_choices
@@ -64,6 +64,7 @@ class HopperOps(FusedOps):
     early_vision_attention = True
 
     interleave = staticmethod(hopper_gate_up.interleave)
+    order_features = staticmethod(order_features)
 
     def __init__(self, device: torch.device, choices: TunedChoices) -> None:
         super().__init__(device, choices)

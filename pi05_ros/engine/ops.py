@@ -98,6 +98,9 @@ class Ops(Protocol):
 class FoldedOps(Ops, Protocol):
     """Operations for a vision whose norms are inside the products behind them."""
 
+    def order_features(self, weight: Tensor) -> Tensor:
+        """Return the weight of ``normed_linear`` and ``add_linear`` as they read it."""
+
     def row_moments(self, x: Tensor, depth: int) -> RowMoments:
         """Return room for the moments of x that :meth:`add_linear` of ``depth`` columns leaves."""
 
@@ -136,6 +139,7 @@ class PlainOps:
     prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
     interleave = staticmethod(gate_up.interleave)
     gate_up = staticmethod(gate_up.gate_up_plain)
+    order_features = staticmethod(folded_norm.order_features_plain)
     row_moments = staticmethod(folded_norm.row_moments_plain)
     round_rows = staticmethod(folded_norm.round_rows_plain)
     normed_linear = staticmethod(folded_norm.normed_linear_plain)

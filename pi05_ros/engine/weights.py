@@ -8,7 +8,7 @@ lie near -1, where (1 + w) in bfloat16 would vanish (performance.md 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,7 +79,7 @@ class VisionWeights(PatchWeights):
 
 @dataclass(frozen=True)
 class FoldedVisionLayer:
-    """One SigLIP layer with its norms folded; the biases are fp32."""
+    """One SigLIP layer with its norms folded; the biases are fp32, the weights ordered."""
 
     qkv: NormedLinear
     out: Linear
@@ -195,9 +195,14 @@ def pack_vision(
 
 
 def pack_folded_vision(
-    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device
-) -> FoldedVisionWeights:
-    """Take the same out of ``state``, with the norms folded into the products behind them."""
+    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device,
+    order_features: Callable[[torch.Tensor], torch.Tensor],
+) -> FoldedVisionWeights:  # fmt: skip
+    """Take the same out of ``state``, with the norms folded into the products behind them.
+
+    Args:
+        order_features: puts the rows of a layer's weight as the kernels read them.
+    """
     take = _Taker(state, dtype, device)
     patch, offset, copies = _pack_patches(take, config)
     layers = []
@@ -206,15 +211,20 @@ def pack_folded_vision(
         attention, norm1, norm2 = (
             prefix + name for name in ('self_attn.', 'layer_norm1.', 'layer_norm2.')
         )
+        qkv = take.normed_linear(norm1, attention, ('q_proj.', 'k_proj.', 'v_proj.'))
+        out = take.linear_fp32_bias(attention + 'out_proj.')
+        fc1 = take.normed_linear(norm2, prefix + 'mlp.', ('fc1.',))
+        fc2 = take.linear_fp32_bias(prefix + 'mlp.fc2.')
         layers.append(
             FoldedVisionLayer(
-                qkv=take.normed_linear(norm1, attention, ('q_proj.', 'k_proj.', 'v_proj.')),
-                out=take.linear_fp32_bias(attention + 'out_proj.'),
-                fc1=take.normed_linear(norm2, prefix + 'mlp.', ('fc1.',)),
-                fc2=take.linear_fp32_bias(prefix + 'mlp.fc2.'),
+                qkv=replace(qkv, weight=order_features(qkv.weight)),
+                out=replace(out, weight=order_features(out.weight)),
+                fc1=replace(fc1, weight=order_features(fc1.weight)),
+                fc2=replace(fc2, weight=order_features(fc2.weight)),
             )
         )
     projector = take.normed_linear(_VISION + 'post_layernorm.', _PROJECTOR, ('',))
+    projector = replace(projector, weight=order_features(projector.weight))
     return FoldedVisionWeights(patch, offset, copies, tuple(layers), projector)
 
 

@@ -51,7 +51,7 @@ class PlainPipeline:
         )
         prefix = self.prefill.prefix
         if folded:
-            folded_weights = pack_folded_vision(state, config, dtype, CPU)
+            folded_weights = pack_folded_vision(state, config, dtype, CPU, ops.order_features)
             self.vision = FoldedVisionStage(folded_weights, config, ops, views, prefix)
         else:
             weights = pack_vision(state, config, dtype, CPU)

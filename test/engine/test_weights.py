@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pi05_ros.engine.kernels.folded_norm import order_features_plain
 from pi05_ros.engine.kernels.gate_up import interleave
 from pi05_ros.engine.weights import pack_folded_vision, pack_prefill, pack_vision
 from pi05_ros.model.checkpoint import load_state, open_checkpoint
@@ -23,9 +24,12 @@ def state(golden_dir):
     return load_state(open_checkpoint(golden_dir))
 
 
-@pytest.mark.parametrize('pack', [pack_vision, pack_folded_vision])
-def test_packing_takes_the_tensors_out_of_the_state(state, config, pack):
-    pack(state, config, torch.float32, CPU)
+@pytest.mark.parametrize('folded', [False, True])
+def test_packing_takes_the_tensors_out_of_the_state(state, config, folded):
+    if folded:
+        pack_folded_vision(state, config, torch.float32, CPU, order_features_plain)
+    else:
+        pack_vision(state, config, torch.float32, CPU)
     pack_prefill(state, config, torch.float32, CPU, interleave)
     left = {name.split('.')[1] if 'expert' in name else name for name in state}
     assert not any('paligemma.' in name for name in state), left
@@ -64,7 +68,9 @@ def test_a_folded_norm_is_rounded_once_and_its_sums_are_of_what_is_stored(state,
         state[name] = torch.linspace(-0.7, 1.3, config.vision.width)
     weight, bias = state[fc1 + 'weight'].clone(), state[fc1 + 'bias'].clone()
     gamma, beta = state[norm + 'weight'].clone(), state[norm + 'bias'].clone()
-    layer = pack_folded_vision(state, config, torch.bfloat16, CPU).layers[0].fc1
+    layer = (
+        pack_folded_vision(state, config, torch.bfloat16, CPU, order_features_plain).layers[0].fc1
+    )
     assert torch.equal(layer.weight, (weight * gamma).bfloat16())
     assert torch.allclose(layer.sums, layer.weight.float().sum(dim=1), atol=1e-5)
     assert torch.allclose(layer.bias, bias + weight @ beta, atol=1e-5)

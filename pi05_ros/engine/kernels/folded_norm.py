@@ -117,6 +117,11 @@ def round_rows(x: Tensor, out: Tensor, moments: RowMoments, *, early: bool = Fal
     )  # fmt: skip
 
 
+def order_features_plain(weight: Tensor) -> Tensor:
+    """Return the weight as it is."""
+    return weight
+
+
 def row_moments_plain(x: Tensor, depth: int) -> RowMoments:
     """Return room for the moments of x; any parts do."""
     return RowMoments.zeros(x.shape[0], x.shape[1], _PLAIN_PART_COLUMNS, x.device)

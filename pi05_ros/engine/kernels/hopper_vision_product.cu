@@ -15,14 +15,20 @@
 // With RESIDUAL x enters as it is, the product is added to what `out` holds, and the moments of the
 // result's rows are left for the norm behind it: of each row and tile of features the mean and the
 // sum of squared distances from it, which does not lose digits where rows lie far from 0.
+//
+// The rows of `weight` are in an order that gives a thread neighbouring features to write at once
+// (hopper_vision_product.order_features).
 #include "hopper_tile.cuh"
 
 constexpr int kMultiplying = TILE_ROWS * 2, kThreads = kMultiplying + 32;
+// At most 128 registers, so that blocks of neighbouring kernels fit beside each other.
+constexpr int kBound = TILE_FEATURES > 160 ? kThreads : 512;
 constexpr int kDepth = 64;  // columns of K per stage
 constexpr int kRowBytes = TILE_ROWS * 128, kStageBytes = kRowBytes + TILE_FEATURES * 128;
 constexpr int kShare = TILE_FEATURES / CLUSTER;  // features that a block brings of each step
-constexpr int kGroups = (TILE_FEATURES + 31) / 32;
-static_assert(TILE_ROWS % 64 == 0 && kShare % 8 == 0, "shares keep the swizzle's period");
+constexpr int kGroups = TILE_FEATURES / 16;
+static_assert(TILE_ROWS % 64 == 0 && TILE_FEATURES % 16 == 0, "whole warpgroups and groups");
+static_assert(kShare % 8 == 0, "shares keep the swizzle's period");
 
 DYNAMIC_SHARED(shared_memory);
 
@@ -83,6 +89,23 @@ __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weigh
   }
 }
 
+// A warpgroup's sums of 64 rows. A lane has, of each of two rows and each group of 16 features, four
+// neighbours: the order of the weight's rows sees to it.
+struct Sums {
+  float acc[TILE_FEATURES / 2];
+
+  __device__ __forceinline__ static int row(int half) {
+    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
+  }
+  __device__ __forceinline__ static int feature(int group) {
+    return group * 16 + threadIdx.x % 4 * 4;
+  }
+  __device__ __forceinline__ float4 get(int group, int half) const {
+    const float* v = acc + group * 8 + half * 2;
+    return make_float4(v[0], v[1], v[4], v[5]);
+  }
+};
+
 // What the epilogue adds or multiplies per feature, in shared memory.
 struct Columns {
   float *bias, *sums;
@@ -99,6 +122,12 @@ struct Columns {
     }
     named_barrier(1, kMultiplying);
   }
+  __device__ __forceinline__ float4 bias4(int group) const {
+    return *(const float4*)(bias + Sums::feature(group));
+  }
+  __device__ __forceinline__ float4 sums4(int group) const {
+    return *(const float4*)(sums + Sums::feature(group));
+  }
 };
 
 // Four neighbouring lanes have the same rows.
@@ -107,58 +136,21 @@ __device__ __forceinline__ float sum_of_four(float v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// Four neighbouring lanes hold the rows of a 4 x 4 matrix; after this, its columns.
-__device__ __forceinline__ void transpose4(float (&v)[4]) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & step) continue;
-      float sent = upper ? v[i] : v[i | step];
-      float got = __shfl_xor_sync(~0u, sent, step);
-      if (upper) v[i] = got; else v[i | step] = got;
-    }
-  }
+__device__ __forceinline__ uint2 packed(float4 v) {
+  return make_uint2(pack(v.x, v.y), pack(v.z, v.w));
+}
+__device__ __forceinline__ float4 unpacked(uint2 v) {
+  return make_float4(low(v.x), high(v.x), low(v.y), high(v.y));
 }
 
-// A warpgroup's sums of 64 rows. A lane gets, of each of two rows and each group of 32 features,
-// eight neighbours.
-struct Sums {
-  float acc[TILE_FEATURES / 2];
-
-  __device__ __forceinline__ static int row(int half) {
-    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
-  }
-  __device__ __forceinline__ static int feature(int group) {
-    return group * 32 + threadIdx.x % 4 * 8;
-  }
-  __device__ __forceinline__ void get(int group, int half, float (&v)[8]) const {
-    float even[4], odd[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int at = (group * 4 + i) * 4 + half * 2;
-      even[i] = at < TILE_FEATURES / 2 ? acc[at] : 0.f;
-      odd[i] = at < TILE_FEATURES / 2 ? acc[at + 1] : 0.f;
-    }
-    transpose4(even), transpose4(odd);
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[2 * i] = even[i], v[2 * i + 1] = odd[i];
-  }
-};
-
-__device__ __forceinline__ uint4 packed(const float (&v)[8]) {
-  return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-}
-__device__ __forceinline__ void unpack(uint4 words, float (&v)[8]) {
-  u32 pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) v[2 * i] = low(pairs[i]), v[2 * i + 1] = high(pairs[i]);
-}
-
+// gelu_tanh of two values, with one reciprocal: 1 / x = y / (x y). Where the exponential is cut off,
+// the result is 0 in bfloat16 as well.
 // gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3), in powers of two.
-__device__ __forceinline__ float gelu(float v) {
-  return v * reciprocal(1.f + exp2_fast(v * (-2.3022082f - 0.10294324f * v * v)));
+__device__ __forceinline__ void gelu2(float& v, float& w) {
+  float x = 1.f + exp2_fast(fminf(v * (-2.3022082f - 0.10294324f * v * v), 60.f));
+  float y = 1.f + exp2_fast(fminf(w * (-2.3022082f - 0.10294324f * w * w), 60.f));
+  float r = reciprocal(x * y);
+  v *= y * r, w *= x * r;
 }
 
 // Where a lane's part of the result goes.
@@ -168,25 +160,24 @@ struct Result {
 
   __device__ __forceinline__ int row(int half) const { return row0 + Sums::row(half); }
   __device__ __forceinline__ bool has(int group, int half) const {
-    return row(half) < rows && Sums::feature(group) < TILE_FEATURES &&
-           feature0 + Sums::feature(group) < features;
+    return row(half) < rows && feature0 + Sums::feature(group) < features;
   }
-  __device__ __forceinline__ bf16* at(int group, int half) const {
-    return out + (size_t)row(half) * features + feature0 + Sums::feature(group);
+  __device__ __forceinline__ uint2* at(int group, int half) const {
+    return (uint2*)(out + (size_t)row(half) * features + feature0 + Sums::feature(group));
   }
 };
 
 #ifdef RESIDUAL
 // What the sums are added to, asked for before the product, so that it is there behind it.
 struct Finish {
-  uint4 words[kGroups][2];
+  uint2 words[kGroups][2];
 
   __device__ __forceinline__ void fetch(const Result& result, const float2*, int, float) {
 #pragma unroll
     for (int group = 0; group < kGroups; group++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        if (result.has(group, half)) words[group][half] = load_l2(result.at(group, half));
+        if (result.has(group, half)) words[group][half] = __ldcg(result.at(group, half));
   }
   __device__ __forceinline__ void write(const Sums& sums, const Columns& columns,
                                         const Result& result, float2* moments) {
@@ -208,17 +199,15 @@ struct Finish {
     float total = 0.f;
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {
-      float v[8], old[8];
-      sums.get(group, half, v);
       if (!result.has(group, half)) continue;
-      unpack(words[group][half], old);
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i] += columns.bias[Sums::feature(group) + i] + old[i];
+      float4 v = sums.get(group, half), bias = columns.bias4(group);
+      float4 old = unpacked(words[group][half]);
+      v = make_float4(v.x + bias.x + old.x, v.y + bias.y + old.y, v.z + bias.z + old.z,
+                      v.w + bias.w + old.w);
       words[group][half] = packed(v);
-      *(uint4*)result.at(group, half) = words[group][half];
-      unpack(words[group][half], v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) total += v[i];
+      *result.at(group, half) = words[group][half];
+      v = unpacked(words[group][half]);
+      total += v.x + v.y + (v.z + v.w);
     }
     return total;
   }
@@ -227,10 +216,9 @@ struct Finish {
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {
       if (!result.has(group, half)) continue;
-      float v[8];
-      unpack(words[group][half], v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) total += (v[i] - mean) * (v[i] - mean);
+      float4 v = unpacked(words[group][half]);
+      v = make_float4(v.x - mean, v.y - mean, v.z - mean, v.w - mean);
+      total += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
     }
     return total;
   }
@@ -271,22 +259,21 @@ struct Finish {
   __device__ __forceinline__ void write(const Sums& sums, const Columns& columns,
                                         const Result& result, const float2*) const {
 #pragma unroll
-    for (int group = 0; group < kGroups; group++)
+    for (int group = 0; group < kGroups; group++) {
+      float4 bias = columns.bias4(group), total = columns.sums4(group);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float v[8];
-        sums.get(group, half, v);
-        if (!result.has(group, half)) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          int feature = Sums::feature(group) + i;
-          v[i] = scale[half] * (v[i] - mean[half] * columns.sums[feature]) + columns.bias[feature];
+        float4 v = sums.get(group, half);
+        float r = scale[half], centre = mean[half];
+        v = make_float4(r * (v.x - centre * total.x) + bias.x, r * (v.y - centre * total.y) + bias.y,
+                        r * (v.z - centre * total.z) + bias.z,
+                        r * (v.w - centre * total.w) + bias.w);
 #ifdef GELU
-          v[i] = gelu(v[i]);
+        gelu2(v.x, v.y), gelu2(v.z, v.w);
 #endif
-        }
-        *(uint4*)result.at(group, half) = packed(v);
+        if (result.has(group, half)) *result.at(group, half) = packed(v);
       }
+    }
   }
 
  private:
@@ -320,16 +307,17 @@ __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring
   wgmma_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
+extern "C" __global__ void __launch_bounds__(kBound, 1) vision_product(
     const __grid_constant__ TensorMap x,       // (rows, depth), boxes of TILE_ROWS rows
-    const __grid_constant__ TensorMap weight,  // (features, depth), boxes of kShare rows
+    const __grid_constant__ TensorMap weight,  // (features, depth) ordered, boxes of kShare rows
     const float* bias,                         // (features)
     const float* sums,                         // (features); not read with RESIDUAL
     float2* moments,  // (parts, rows) of x, with RESIDUAL (feature tiles, rows) of out
     bf16* out,        // (rows, features)
     int rows, int features, int depth, float eps) {
   __shared__ u64 full[STAGES], empty[STAGES];
-  __shared__ float column_bias[TILE_FEATURES], column_sums[TILE_FEATURES];
+  __shared__ __align__(16) float column_bias[TILE_FEATURES];
+  __shared__ __align__(16) float column_sums[TILE_FEATURES];
   let_next_start();
   if (threadIdx.x == 0) {
     fetch_map(&x), fetch_map(&weight);

@@ -19,6 +19,7 @@ _DEPTH = 64  # of a step along K
 # to x stands between two others, or behind the attention, which takes 144 KB.
 _NORMED_RING_BYTES, _ADDED_RING_BYTES = 140 * 1024, 80 * 1024
 _MIN_STAGES = 3
+_GROUP = 16  # features that a thread and its three neighbours have of a row
 _TILE_ROWS = (64, 128)
 _TILE_FEATURES = (208, 160, 144, 128, 96, 64)
 # From here on along K, operands that clusters share are worth that blocks wait for each other.
@@ -98,10 +99,23 @@ def _stage_bytes(rows: int, features: int) -> int:
     return (rows + features) * _DEPTH * 2
 
 
+def order_features(weight: Tensor) -> Tensor:
+    """Return (N, K) with each 16 rows in the order of the kernel; N is padded to whole groups.
+
+    Row 8 j + 2 q + e of a group is feature 4 q + 2 j + e: a thread has the sums of one q, and
+    writes those features side by side.
+    """
+    features, depth = weight.shape
+    padded = weight.new_zeros(-(-features // _GROUP) * _GROUP, depth)
+    padded[:features] = weight
+    return padded.view(-1, 4, 2, 2, depth).transpose(1, 2).reshape(padded.shape)
+
+
 class HopperVisionProduct:
     """The kernels of one device, compiled when a shape first needs them.
 
-    All start before the kernel before them has completed, and let the next one do so.
+    All start before the kernel before them has completed, and let the next one do so. Weights have
+    their rows in the order of :func:`order_features`.
 
     Args:
         tilings: other tilings than :func:`choose_tiling`'s.
@@ -148,7 +162,7 @@ class HopperVisionProduct:
         self, x: Tensor, layer: NormedLinear, moments: RowMoments, out: Tensor, eps: float,
         macros: dict[str, int],
     ) -> None:  # fmt: skip
-        (rows, depth), features = x.shape, layer.weight.shape[0]
+        (rows, depth), features = x.shape, out.shape[1]
         adds = 'RESIDUAL' in macros
         tiling = self._tiling(Shape(rows, features, depth, adds))
         assert not adds or moments.part_columns == tiling.features

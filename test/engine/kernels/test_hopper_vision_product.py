@@ -18,7 +18,12 @@ from pi05_ros.engine.kernels.folded_norm import (
     normed_linear_plain,
     round_rows_plain,
 )
-from pi05_ros.engine.kernels.hopper_vision_product import Shape, Tiling, choose_tiling
+from pi05_ros.engine.kernels.hopper_vision_product import (
+    Shape,
+    Tiling,
+    choose_tiling,
+    order_features,
+)
 
 _EPS = 1e-6
 _PROCESSORS = 132
@@ -69,6 +74,7 @@ def _compile(tmp_path_factory, tiling: Tiling, **macros: int) -> CpuModule:
 
 def _launch(kernels, tiling, x, weight, bias, sums, moments, out) -> None:
     (rows, depth), features = x.shape, weight.shape[0]
+    weight = order_features(weight)
     kernels.launch(
         'vision_product', tiling.blocks(rows, features), tiling.threads(), tiling.cluster,
         TensorMap(x, tiling.rows), TensorMap(weight, tiling.features // tiling.cluster),
@@ -141,6 +147,12 @@ def test_a_sum_leaves_the_moments_of_its_rows(
     )
 
 
+def test_features_are_ordered_within_groups_of_16():
+    rows = order_features(torch.arange(24.0)[:, None])[:, 0]
+    assert rows[:16].tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    assert rows[16:].tolist() == [16, 17, 20, 21, *[0] * 4, 18, 19, 22, 23, *[0] * 4]
+
+
 def test_rows_far_from_zero_keep_their_variance(tmp_path_factory):
     """E[x^2] - mean^2 in float32 would be off by percents here."""
     drawn = Drawn(64, 64, 1152, mean=50.0)
@@ -165,15 +177,16 @@ def test_a_layer_matches_its_twins_at_full_size(rows):
     kernels = hopper_vision_product.HopperVisionProduct(device)
     fc1, fc2 = Drawn(rows, 4304, 1152), Drawn(rows, 1152, 4304)
     x, layer, bias = fc1.x.to(device), fc1.folded(), fc2.bias.to(device)
-    layer = NormedLinear(*(t.to(device) for t in (layer.weight, layer.sums, layer.bias)))
+    weights = (order_features(layer.weight), layer.sums, layer.bias)
+    ordered = NormedLinear(*(t.to(device) for t in weights))
     weight = fc2.weight.bfloat16().to(device)
     moments, found = _moments(x, 96), kernels.moments(rows, 1152, 4304)
     results = []
     for _ in range(2):
         hidden = torch.full((rows, 4304), float('nan'), dtype=torch.bfloat16, device=device)
         out = fc2.old.to(device)
-        kernels.normed(x, moments, layer, _EPS, hidden, gelu=True)
-        kernels.add(hidden, weight, bias, out, found)
+        kernels.normed(x, moments, ordered, _EPS, hidden, gelu=True)
+        kernels.add(hidden, order_features(weight), bias, out, found)
         results.append(out)
     twin = fc2.old.to(device).float()
     add_linear_plain(hidden.float(), weight.float(), bias, twin, _moments(twin, 96))
