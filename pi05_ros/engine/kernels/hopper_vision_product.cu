@@ -69,16 +69,24 @@ __device__ __forceinline__ void bring_features(const TensorMap& weight, const Ti
               (1 << CLUSTER) - 1);
 }
 
+__device__ __forceinline__ void prefetch_features(const TensorMap& weight, const Tile& tile,
+                                                  int step) {
+  if (step < tile.steps)
+    prefetch_tile(&weight, tile.column(step), tile.feature0 + blockIdx.x % CLUSTER * kShare);
+}
+
 __device__ __forceinline__ void bring_rows(const TensorMap& x, const Tile& tile, const Ring& ring,
                                            int stage, int step) {
   load_tile(stage_memory(stage), &x, tile.column(step), tile.row0, ring.full + stage);
 }
 
-// Weights do not depend on the kernel before: the first ones travel before the wait for it.
+// Weights do not depend on the kernel before: the first ones travel before the wait for it, those of
+// the next PREFETCH steps as far as L2.
 __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weight, const Tile& tile,
                                       const Ring& ring) {
   int ahead = min(STAGES, tile.steps);
   for (int step = 0; step < ahead; step++) bring_features(weight, tile, ring, step, step);
+  for (int step = ahead; step < ahead + PREFETCH; step++) prefetch_features(weight, tile, step);
   wait_for_previous();
   for (int step = 0; step < ahead; step++) bring_rows(x, tile, ring, step, step);
   for (int step = ahead; step < tile.steps; step++) {
@@ -86,6 +94,7 @@ __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weigh
     barrier_wait(ring.empty + stage, step / STAGES % 2 ^ 1);
     bring_features(weight, tile, ring, stage, step);
     bring_rows(x, tile, ring, stage, step);
+    if (PREFETCH) prefetch_features(weight, tile, step + PREFETCH);
   }
 }
 

@@ -35,6 +35,8 @@ class Tiling:
         cluster: blocks with different rows that share their features' weights.
         stages: of the ring in shared memory.
         rotate: blocks with different features begin at different columns of x.
+        prefetch: steps whose weights are on their way to L2, from before the wait for the kernel
+            before on.
     """
 
     rows: int
@@ -42,12 +44,13 @@ class Tiling:
     cluster: int
     stages: int
     rotate: bool = True
+    prefetch: int = 16
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
             'TILE_ROWS': self.rows, 'TILE_FEATURES': self.features, 'CLUSTER': self.cluster,
-            'STAGES': self.stages, 'ROTATE': int(self.rotate),
+            'STAGES': self.stages, 'ROTATE': int(self.rotate), 'PREFETCH': self.prefetch,
         }  # fmt: skip
 
     def threads(self) -> int:

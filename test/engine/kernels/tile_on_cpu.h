@@ -132,6 +132,7 @@ static inline void barrier_arrive(u64* barrier, u32 rank) {
 static inline void barrier_wait(u64* barrier, u32 parity) { cpu::wait(barrier, parity); }
 
 static inline void fetch_map(const TensorMap*) {}
+static inline void prefetch_tile(const TensorMap*, int, int) {}
 static inline void load_tile(void* target, const TensorMap* map, int column, int row,
                              u64* barrier) {
   cpu::load(target, *map, column, row, barrier, cluster_rank());
