@@ -297,7 +297,7 @@ struct Finish {
 __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring) {
   // The shuffle tells the compiler that the threads of a warp agree.
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
-  int stage = 0, parity = 0, last = -1;  // the stage whose products may not be complete
+  int stage = 0, parity = 0, last = 0;  // the stage whose products may not be complete
 #pragma unroll
   for (int i = 0; i < TILE_FEATURES / 2; i++) sums.acc[i] = 0.f;
   for (int step = 0; step < steps; step++) {
@@ -309,7 +309,9 @@ __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring
     for (int k = 0; k < kDepth / 16; k++) wgmma<TILE_FEATURES>(sums.acc, a + k * 2, b + k * 2);
     wgmma_commit();
     wgmma_wait<1>();
-    if (last >= 0 && lane < CLUSTER) barrier_arrive(ring.empty + last, lane);
+    // Only where somebody waits for it: what arrives after that may find its block gone.
+    bool awaited = step > 0 && step - 1 + STAGES < steps;
+    if (awaited && lane < CLUSTER) barrier_arrive(ring.empty + last, lane);
     last = stage;
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
@@ -337,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(kBound, 1) vision_product(
     barrier_init_done();
   }
   if (CLUSTER > 1) {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     cluster_wait();
   } else {
     __syncthreads();
@@ -357,9 +359,5 @@ extern "C" __global__ void __launch_bounds__(kBound, 1) vision_product(
     multiply(own, tile.steps, ring);
     finish.write(own, columns, result, moments);
   }
-  __syncwarp();
-  if (CLUSTER > 1) {  // nobody leaves while others copy into its shared memory
-    cluster_arrive();
-    cluster_wait();
-  }
+  // Whatever other blocks send to this one has been waited for, so it may leave before them.
 }
