@@ -65,13 +65,6 @@ __device__ __forceinline__ void load_tile(void* target, const TensorMap* map, in
       : "memory");
 }
 
-// Ask for a box of a matrix to be brought to L2.
-__device__ __forceinline__ void prefetch_tile(const TensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
-               "r"(column), "r"(row)
-               : "memory");
-}
-
 // A tile as an operand of wgmma; 2 more is 16 further along K.
 __device__ __forceinline__ u64 tile_operand(const void* shared) {
   u64 address = (shared_address(shared) & 0x3ffff) >> 4;

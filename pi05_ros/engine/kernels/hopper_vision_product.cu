@@ -4,8 +4,7 @@
 // A block computes a tile of TILE_ROWS x TILE_FEATURES. One warp brings 64 columns of K at a time
 // into a ring of STAGES in shared memory, a warpgroup per 64 rows multiplies. The CLUSTER blocks of
 // a cluster have different rows and the same features: each brings its share of the features, once
-// from L2 into all of them. A block leaves shared memory to blocks of the next kernel, which
-// bring their first weights while it still multiplies.
+// from L2 into all of them. The ring has as many stages as a multiprocessor has room for.
 //
 // x enters as LayerNorm(x). With the norm's weight multiplied into `weight`, and what its bias adds to
 // the product in `bias`, that is
@@ -21,8 +20,6 @@
 #include "hopper_tile.cuh"
 
 constexpr int kMultiplying = TILE_ROWS * 2, kThreads = kMultiplying + 32;
-// At most 128 registers, so that blocks of neighbouring kernels fit beside each other.
-constexpr int kBound = TILE_FEATURES > 160 ? kThreads : 512;
 constexpr int kDepth = 64;  // columns of K per stage
 constexpr int kRowBytes = TILE_ROWS * 128, kStageBytes = kRowBytes + TILE_FEATURES * 128;
 constexpr int kShare = TILE_FEATURES / CLUSTER;  // features that a block brings of each step
@@ -33,23 +30,20 @@ static_assert(kShare % 8 == 0, "shares keep the swizzle's period");
 DYNAMIC_SHARED(shared_memory);
 
 __device__ __forceinline__ char* stage_memory(int stage) {
-  u64 first = ((u64)shared_memory + 1023) / 1024 * 1024;
-  return (char*)first + stage * kStageBytes;
+  u32 begin = (0 - (u32)(u64)shared_memory) % 1024;
+  return (char*)shared_memory + begin + stage * kStageBytes;
 }
 
 // The tile of this block. Rows are the faster index: neighbours share their weights.
 struct Tile {
-  int row0, feature0, steps, begin;
+  int row0, feature0, steps;
 
   __device__ __forceinline__ Tile(int rows, int depth) {
     int row_tiles = (rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
-    int feature_tile = blockIdx.x / row_tiles;
-    row0 = blockIdx.x % row_tiles * TILE_ROWS, feature0 = feature_tile * TILE_FEATURES;
+    row0 = blockIdx.x % row_tiles * TILE_ROWS;
+    feature0 = blockIdx.x / row_tiles * TILE_FEATURES;
     steps = (depth + kDepth - 1) / kDepth;
-    begin = ROTATE ? feature_tile : 0;
   }
-  // Blocks begin at different columns, so that they do not all want the same part of x at once.
-  __device__ __forceinline__ int column(int step) const { return (step + begin) % steps * kDepth; }
 };
 
 struct Ring {
@@ -63,30 +57,21 @@ __device__ __forceinline__ void bring_features(const TensorMap& weight, const Ti
   int part = blockIdx.x % CLUSTER * kShare;
   char* target = stage_memory(stage) + kRowBytes + part * 128;
   if (CLUSTER == 1)
-    load_tile(target, &weight, tile.column(step), tile.feature0, arrived);
+    load_tile(target, &weight, step * kDepth, tile.feature0, arrived);
   else
-    load_tile(target, &weight, tile.column(step), tile.feature0 + part, arrived,
-              (1 << CLUSTER) - 1);
-}
-
-__device__ __forceinline__ void prefetch_features(const TensorMap& weight, const Tile& tile,
-                                                  int step) {
-  if (step < tile.steps)
-    prefetch_tile(&weight, tile.column(step), tile.feature0 + blockIdx.x % CLUSTER * kShare);
+    load_tile(target, &weight, step * kDepth, tile.feature0 + part, arrived, (1 << CLUSTER) - 1);
 }
 
 __device__ __forceinline__ void bring_rows(const TensorMap& x, const Tile& tile, const Ring& ring,
                                            int stage, int step) {
-  load_tile(stage_memory(stage), &x, tile.column(step), tile.row0, ring.full + stage);
+  load_tile(stage_memory(stage), &x, step * kDepth, tile.row0, ring.full + stage);
 }
 
-// Weights do not depend on the kernel before: the first ones travel before the wait for it, those of
-// the next PREFETCH steps as far as L2.
+// Weights do not depend on the kernel before: the first ones travel before the wait for it.
 __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weight, const Tile& tile,
                                       const Ring& ring) {
   int ahead = min(STAGES, tile.steps);
   for (int step = 0; step < ahead; step++) bring_features(weight, tile, ring, step, step);
-  for (int step = ahead; step < ahead + PREFETCH; step++) prefetch_features(weight, tile, step);
   wait_for_previous();
   for (int step = 0; step < ahead; step++) bring_rows(x, tile, ring, step, step);
   for (int step = ahead; step < tile.steps; step++) {
@@ -94,7 +79,6 @@ __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weigh
     barrier_wait(ring.empty + stage, step / STAGES % 2 ^ 1);
     bring_features(weight, tile, ring, stage, step);
     bring_rows(x, tile, ring, stage, step);
-    if (PREFETCH) prefetch_features(weight, tile, step + PREFETCH);
   }
 }
 
@@ -315,10 +299,10 @@ __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring
     last = stage;
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  wgmma_wait<0>();
+  wgmma_wait<0>(sums.acc);
 }
 
-extern "C" __global__ void __launch_bounds__(kBound, 1) vision_product(
+extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     const __grid_constant__ TensorMap x,       // (rows, depth), boxes of TILE_ROWS rows
     const __grid_constant__ TensorMap weight,  // (features, depth) ordered, boxes of kShare rows
     const float* bias,                         // (features)

@@ -15,10 +15,8 @@ from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_vision_product.cu')
 _DEPTH = 64  # of a step along K
-# Blocks of neighbouring kernels divide the shared memory of a multiprocessor: a product that adds
-# to x stands between two others, or behind the attention, which takes 144 KB.
-_NORMED_RING_BYTES, _ADDED_RING_BYTES = 140 * 1024, 80 * 1024
-_MIN_STAGES = 3
+_RING_BYTES = 216 * 1024  # of the 227 KB that a block may have
+_MAX_STAGES = 12
 _GROUP = 16  # features that a thread and its three neighbours have of a row
 _TILE_ROWS = (64, 128)
 _TILE_FEATURES = (208, 160, 144, 128, 96, 64)
@@ -34,23 +32,18 @@ class Tiling:
         rows, features: of a tile.
         cluster: blocks with different rows that share their features' weights.
         stages: of the ring in shared memory.
-        rotate: blocks with different features begin at different columns of x.
-        prefetch: steps whose weights are on their way to L2, from before the wait for the kernel
-            before on.
     """
 
     rows: int
     features: int
     cluster: int
     stages: int
-    rotate: bool = True
-    prefetch: int = 16
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
             'TILE_ROWS': self.rows, 'TILE_FEATURES': self.features, 'CLUSTER': self.cluster,
-            'STAGES': self.stages, 'ROTATE': int(self.rotate), 'PREFETCH': self.prefetch,
+            'STAGES': self.stages,
         }  # fmt: skip
 
     def threads(self) -> int:
@@ -69,12 +62,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a product, and whether it adds to x or x enters it through a norm."""
+    """Sizes of a product: (rows, depth) times (features, depth)."""
 
     rows: int
     features: int
     depth: int
-    adds: bool
 
 
 def choose_tiling(shape: Shape, processors: int) -> Tiling:
@@ -92,9 +84,10 @@ def choose_tiling(shape: Shape, processors: int) -> Tiling:
     tile_rows, tile_features = min(product(_TILE_ROWS, _TILE_FEATURES), key=cost)
     row_tiles = -(-rows // tile_rows)
     largest = 2 if tile_rows == 128 else 4 if shape.depth >= _LONG_DEPTH else 1
-    cluster = next(size for size in (4, 2, 1) if size <= largest and row_tiles % size == 0)
-    ring = _ADDED_RING_BYTES if shape.adds else _NORMED_RING_BYTES
-    stages = max(_MIN_STAGES, ring // _stage_bytes(tile_rows, tile_features))
+    fitting = (size for size in (4, 2, 1) if size <= largest and tile_features % (8 * size) == 0)
+    cluster = next(size for size in fitting if row_tiles % size == 0)
+    room = _RING_BYTES // _stage_bytes(tile_rows, tile_features)
+    stages = min(room, _MAX_STAGES, -(-shape.depth // _DEPTH))
     return Tiling(tile_rows, tile_features, cluster, stages)
 
 
@@ -134,7 +127,7 @@ class HopperVisionProduct:
 
     def moments(self, rows: int, width: int, depth: int) -> RowMoments:
         """Return room for what :meth:`add` leaves of a (``rows``, ``width``) result."""
-        tiling = self._tiling(Shape(rows, width, depth, adds=True))
+        tiling = self._tiling(Shape(rows, width, depth))
         return RowMoments.zeros(rows, width, tiling.features, self._device)
 
     def normed(
@@ -166,9 +159,8 @@ class HopperVisionProduct:
         macros: dict[str, int],
     ) -> None:  # fmt: skip
         (rows, depth), features = x.shape, out.shape[1]
-        adds = 'RESIDUAL' in macros
-        tiling = self._tiling(Shape(rows, features, depth, adds))
-        assert not adds or moments.part_columns == tiling.features
+        tiling = self._tiling(Shape(rows, features, depth))
+        assert 'RESIDUAL' not in macros or moments.part_columns == tiling.features
         blocks = tiling.blocks(rows, features)
         self._kernel(tiling, blocks, macros).launch(
             (

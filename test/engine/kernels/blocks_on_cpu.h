@@ -316,9 +316,10 @@ static const char* launch(int grid, int threads, int cluster, std::function<void
   return failure.empty() ? nullptr : failure.c_str();
 }
 
-// A task is done at once or when it is waited for.
-static void begin_task(Tasks& tasks, std::function<void()> run) {
-  if (draw(2)) {
+// A task is done at once or when it is waited for, in order behind those before it if need be.
+static void begin_task(Tasks& tasks, std::function<void()> run, bool in_order = false) {
+  bool behind = in_order && !tasks.open.empty() && tasks.open.back().run;
+  if (!behind && draw(2)) {
     run();
     run = nullptr;
   }

@@ -28,7 +28,7 @@ class EmulatedOps(PlainOps):
         self._folder, self._modules, self.launches = folder, {}, 0
 
     def row_moments(self, x: Tensor, depth: int) -> RowMoments:
-        tiling = choose_tiling(Shape(*x.shape, depth, adds=True), _PROCESSORS)
+        tiling = choose_tiling(Shape(*x.shape, depth), _PROCESSORS)
         return RowMoments.zeros(*x.shape, tiling.features, x.device)
 
     def normed_linear(self, x, moments, layer, eps, out, *, gelu=False) -> None:
@@ -41,8 +41,7 @@ class EmulatedOps(PlainOps):
 
     def _launch(self, x, moments, layer, eps, out, macros) -> None:
         (rows, depth), features = x.shape, out.shape[1]
-        shape = Shape(rows, features, depth, adds='RESIDUAL' in macros)
-        tiling = choose_tiling(shape, _PROCESSORS)
+        tiling = choose_tiling(Shape(rows, features, depth), _PROCESSORS)
         defines = {**tiling.defines(), **macros}
         key = tuple(defines.items())
         if key not in self._modules:

@@ -111,7 +111,7 @@ static void begin_registers(float* acc, int n, const u32 (&a)[4], OfB of_b) {
   meet();
   const u32* words[4];
   for (int i = 0; i < 4; i++) words[i] = (const u32*)e.rows[lane / 4 * 4 + i];
-  begin_task(thread->products, [=] { multiply_registers(acc, n, words, of_b); });
+  begin_task(thread->products, [=] { multiply_registers(acc, n, words, of_b); }, true);
 }
 
 // An operand with a row per K: its address, and how far the tiles beside each other are apart.
@@ -132,7 +132,6 @@ static inline void barrier_arrive(u64* barrier, u32 rank) {
 static inline void barrier_wait(u64* barrier, u32 parity) { cpu::wait(barrier, parity); }
 
 static inline void fetch_map(const TensorMap*) {}
-static inline void prefetch_tile(const TensorMap*, int, int) {}
 static inline void load_tile(void* target, const TensorMap* map, int column, int row,
                              u64* barrier) {
   cpu::load(target, *map, column, row, barrier, cluster_rank());
@@ -169,7 +168,7 @@ static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
   if (!cpu::thread->products.begun) cpu::fail("wgmma without wgmma_begin");
   cpu::thread->products.count++;
   float* sums = acc;
-  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); });
+  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); }, true);
 }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
