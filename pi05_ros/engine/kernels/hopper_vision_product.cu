@@ -6,6 +6,10 @@
 // a cluster have different rows and the same features: each brings its share of the features, once
 // from L2 into all of them. The ring has as many stages as a multiprocessor has room for.
 //
+// Where K is long, the SPLIT blocks of a cluster have the same tile instead and share out K: tiles can
+// be larger, which saves reads of shared memory. Each finishes some of the rows, of which the others
+// send it their sums.
+//
 // x enters as LayerNorm(x). With the norm's weight multiplied into `weight`, and what its bias adds to
 // the product in `bias`, that is
 //     LayerNorm(x) w^T + b = r (x weight^T - mean * sums) + bias     r = 1 / deviation
@@ -17,15 +21,14 @@
 //
 // The rows of `weight` are in an order that gives a thread neighbouring features to write at once
 // (hopper_vision_product.order_features).
-#include "hopper_tile.cuh"
+#include "hopper_vision_epilogue.cuh"
 
-constexpr int kMultiplying = TILE_ROWS * 2, kThreads = kMultiplying + 32;
+constexpr int kThreads = kMultiplying + 32;
 constexpr int kDepth = 64;  // columns of K per stage
 constexpr int kRowBytes = TILE_ROWS * 128, kStageBytes = kRowBytes + TILE_FEATURES * 128;
 constexpr int kShare = TILE_FEATURES / CLUSTER;  // features that a block brings of each step
-constexpr int kGroups = TILE_FEATURES / 16;
-static_assert(TILE_ROWS % 64 == 0 && TILE_FEATURES % 16 == 0, "whole warpgroups and groups");
 static_assert(kShare % 8 == 0, "shares keep the swizzle's period");
+static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares features or K");
 
 DYNAMIC_SHARED(shared_memory);
 
@@ -34,16 +37,20 @@ __device__ __forceinline__ char* stage_memory(int stage) {
   return (char*)shared_memory + begin + stage * kStageBytes;
 }
 
-// The tile of this block. Rows are the faster index: neighbours share their weights.
+// The tile of this block and its steps along K. Rows are the faster index: neighbours share their
+// weights.
 struct Tile {
-  int row0, feature0, steps;
+  int row0, feature0, first, steps;
 
   __device__ __forceinline__ Tile(int rows, int depth) {
     int row_tiles = (rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
-    row0 = blockIdx.x % row_tiles * TILE_ROWS;
-    feature0 = blockIdx.x / row_tiles * TILE_FEATURES;
-    steps = (depth + kDepth - 1) / kDepth;
+    int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
+    row0 = tile % row_tiles * TILE_ROWS, feature0 = tile / row_tiles * TILE_FEATURES;
+    int all_steps = (depth + kDepth - 1) / kDepth;
+    first = all_steps * rank / SPLIT;
+    steps = all_steps * (rank + 1) / SPLIT - first;
   }
+  __device__ __forceinline__ int column(int step) const { return (first + step) * kDepth; }
 };
 
 struct Ring {
@@ -57,14 +64,15 @@ __device__ __forceinline__ void bring_features(const TensorMap& weight, const Ti
   int part = blockIdx.x % CLUSTER * kShare;
   char* target = stage_memory(stage) + kRowBytes + part * 128;
   if (CLUSTER == 1)
-    load_tile(target, &weight, step * kDepth, tile.feature0, arrived);
+    load_tile(target, &weight, tile.column(step), tile.feature0, arrived);
   else
-    load_tile(target, &weight, step * kDepth, tile.feature0 + part, arrived, (1 << CLUSTER) - 1);
+    load_tile(target, &weight, tile.column(step), tile.feature0 + part, arrived,
+              (1 << CLUSTER) - 1);
 }
 
 __device__ __forceinline__ void bring_rows(const TensorMap& x, const Tile& tile, const Ring& ring,
                                            int stage, int step) {
-  load_tile(stage_memory(stage), &x, step * kDepth, tile.row0, ring.full + stage);
+  load_tile(stage_memory(stage), &x, tile.column(step), tile.row0, ring.full + stage);
 }
 
 // Weights do not depend on the kernel before: the first ones travel before the wait for it.
@@ -81,202 +89,6 @@ __device__ __forceinline__ void bring(const TensorMap& x, const TensorMap& weigh
     bring_rows(x, tile, ring, stage, step);
   }
 }
-
-// A warpgroup's sums of 64 rows. A lane has, of each of two rows and each group of 16 features, four
-// neighbours: the order of the weight's rows sees to it.
-struct Sums {
-  float acc[TILE_FEATURES / 2];
-
-  __device__ __forceinline__ static int row(int half) {
-    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
-  }
-  __device__ __forceinline__ static int feature(int group) {
-    return group * 16 + threadIdx.x % 4 * 4;
-  }
-  __device__ __forceinline__ float4 get(int group, int half) const {
-    const float* v = acc + group * 8 + half * 2;
-    return make_float4(v[0], v[1], v[4], v[5]);
-  }
-};
-
-// What the epilogue adds or multiplies per feature, in shared memory.
-struct Columns {
-  float *bias, *sums;
-
-  // By the threads that multiply; features beyond the matrix get zeros.
-  __device__ __forceinline__ void fetch(const float* all_bias, const float* all_sums, int feature0,
-                                        int features) const {
-    for (int i = threadIdx.x; i < TILE_FEATURES; i += kMultiplying) {
-      bool there = feature0 + i < features;
-      bias[i] = there ? all_bias[feature0 + i] : 0.f;
-#ifndef RESIDUAL
-      sums[i] = there ? all_sums[feature0 + i] : 0.f;
-#endif
-    }
-    named_barrier(1, kMultiplying);
-  }
-  __device__ __forceinline__ float4 bias4(int group) const {
-    return *(const float4*)(bias + Sums::feature(group));
-  }
-  __device__ __forceinline__ float4 sums4(int group) const {
-    return *(const float4*)(sums + Sums::feature(group));
-  }
-};
-
-// Four neighbouring lanes have the same rows.
-__device__ __forceinline__ float sum_of_four(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-__device__ __forceinline__ uint2 packed(float4 v) {
-  return make_uint2(pack(v.x, v.y), pack(v.z, v.w));
-}
-__device__ __forceinline__ float4 unpacked(uint2 v) {
-  return make_float4(low(v.x), high(v.x), low(v.y), high(v.y));
-}
-
-// gelu_tanh of two values, with one reciprocal: 1 / x = y / (x y). Where the exponential is cut off,
-// the result is 0 in bfloat16 as well.
-// gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3), in powers of two.
-__device__ __forceinline__ void gelu2(float& v, float& w) {
-  float x = 1.f + exp2_fast(fminf(v * (-2.3022082f - 0.10294324f * v * v), 60.f));
-  float y = 1.f + exp2_fast(fminf(w * (-2.3022082f - 0.10294324f * w * w), 60.f));
-  float r = reciprocal(x * y);
-  v *= y * r, w *= x * r;
-}
-
-// Where a lane's part of the result goes.
-struct Result {
-  bf16* out;
-  int row0, feature0, rows, features;
-
-  __device__ __forceinline__ int row(int half) const { return row0 + Sums::row(half); }
-  __device__ __forceinline__ bool has(int group, int half) const {
-    return row(half) < rows && feature0 + Sums::feature(group) < features;
-  }
-  __device__ __forceinline__ uint2* at(int group, int half) const {
-    return (uint2*)(out + (size_t)row(half) * features + feature0 + Sums::feature(group));
-  }
-};
-
-#ifdef RESIDUAL
-// What the sums are added to, asked for before the product, so that it is there behind it.
-struct Finish {
-  uint2 words[kGroups][2];
-
-  __device__ __forceinline__ void fetch(const Result& result, const float2*, int, float) {
-#pragma unroll
-    for (int group = 0; group < kGroups; group++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        if (result.has(group, half)) words[group][half] = __ldcg(result.at(group, half));
-  }
-  __device__ __forceinline__ void write(const Sums& sums, const Columns& columns,
-                                        const Result& result, float2* moments) {
-    int width = min(TILE_FEATURES, result.features - result.feature0);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float mean = sum_of_four(add(sums, columns, result, half)) / width;
-      float squares = sum_of_four(distances(result, half, mean));
-      int tile = result.feature0 / TILE_FEATURES;
-      if (threadIdx.x % 4 == 0 && result.row(half) < result.rows)
-        moments[(size_t)tile * result.rows + result.row(half)] = {mean, squares};
-    }
-  }
-
- private:
-  // Writes a row's result and returns what this lane's part of it, rounded, adds up to.
-  __device__ __forceinline__ float add(const Sums& sums, const Columns& columns,
-                                       const Result& result, int half) {
-    float total = 0.f;
-#pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      if (!result.has(group, half)) continue;
-      float4 v = sums.get(group, half), bias = columns.bias4(group);
-      float4 old = unpacked(words[group][half]);
-      v = make_float4(v.x + bias.x + old.x, v.y + bias.y + old.y, v.z + bias.z + old.z,
-                      v.w + bias.w + old.w);
-      words[group][half] = packed(v);
-      *result.at(group, half) = words[group][half];
-      v = unpacked(words[group][half]);
-      total += v.x + v.y + (v.z + v.w);
-    }
-    return total;
-  }
-  __device__ __forceinline__ float distances(const Result& result, int half, float mean) const {
-    float total = 0.f;
-#pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      if (!result.has(group, half)) continue;
-      float4 v = unpacked(words[group][half]);
-      v = make_float4(v.x - mean, v.y - mean, v.z - mean, v.w - mean);
-      total += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-    }
-    return total;
-  }
-};
-#else
-// Mean and 1 / deviation of a lane's two rows, from their PARTS moments of PART_FEATURES each, which
-// four lanes read and add up.
-struct Finish {
-  float mean[2], scale[2];
-
-  __device__ __forceinline__ void fetch(const Result& result, const float2* moments, int width,
-                                        float eps) {
-    constexpr int kPerLane = (PARTS + 3) / 4;
-    float2 part[2][kPerLane];
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int i = 0; i < kPerLane; i++) {
-        int index = i * 4 + threadIdx.x % 4, row = result.row(half);
-        part[half][i] = {0.f, 0.f};
-        if (index < PARTS && row < result.rows)
-          part[half][i] = __ldcg(moments + (size_t)index * result.rows + row);
-      }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sum = 0.f, squares = 0.f;
-#pragma unroll
-      for (int i = 0; i < kPerLane; i++) sum += part[half][i].x * count(i, width);
-      mean[half] = sum_of_four(sum) / width;
-#pragma unroll
-      for (int i = 0; i < kPerLane; i++) {
-        float distance = part[half][i].x - mean[half];
-        squares += part[half][i].y + distance * distance * count(i, width);
-      }
-      scale[half] = rsqrtf(sum_of_four(squares) / width + eps);
-    }
-  }
-  __device__ __forceinline__ void write(const Sums& sums, const Columns& columns,
-                                        const Result& result, const float2*) const {
-#pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      float4 bias = columns.bias4(group), total = columns.sums4(group);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float4 v = sums.get(group, half);
-        float r = scale[half], centre = mean[half];
-        v = make_float4(r * (v.x - centre * total.x) + bias.x, r * (v.y - centre * total.y) + bias.y,
-                        r * (v.z - centre * total.z) + bias.z,
-                        r * (v.w - centre * total.w) + bias.w);
-#ifdef GELU
-        gelu2(v.x, v.y), gelu2(v.z, v.w);
-#endif
-        if (result.has(group, half)) *result.at(group, half) = packed(v);
-      }
-    }
-  }
-
- private:
-  // The features in a lane's i-th part.
-  __device__ __forceinline__ static float count(int i, int width) {
-    int left = width - (i * 4 + (int)(threadIdx.x % 4)) * PART_FEATURES;
-    return max(min(left, PART_FEATURES), 0);
-  }
-};
-#endif
 
 __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring) {
   // The shuffle tells the compiler that the threads of a warp agree.
@@ -295,12 +107,71 @@ __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring
     wgmma_wait<1>();
     // Only where somebody waits for it: what arrives after that may find its block gone.
     bool awaited = step > 0 && step - 1 + STAGES < steps;
-    if (awaited && lane < CLUSTER) barrier_arrive(ring.empty + last, lane);
+    if (awaited && CLUSTER == 1 && lane == 0) barrier_arrive(ring.empty + last);
+    if (awaited && CLUSTER > 1 && lane < CLUSTER) barrier_arrive(ring.empty + last, lane);
     last = stage;
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
   wgmma_wait<0>(sums.acc);
 }
+
+// What the blocks that share out K send each other: of every warp the sums of its 16 rows, to the block
+// that finishes them. They arrive where the ring was.
+struct Exchange {
+  static constexpr int kWarps = TILE_ROWS / 16 / SPLIT;  // whose rows a block finishes
+  static constexpr int kQuads = kGroups * 2;             // of a lane's sums
+  static constexpr int kQuadBytes = 32 * 16;             // of a warp's lanes, side by side
+  static constexpr int kBlockBytes = kWarps * kQuads * kQuadBytes, kBytes = (SPLIT - 1) * kBlockBytes;
+  static_assert(TILE_ROWS / 16 % SPLIT == 0, "every block finishes as many warps' rows");
+  static_assert(kBytes <= STAGES * kStageBytes, "what arrives takes the ring's place");
+
+  u64* arrived;
+  int warp, owner, rank;  // the owner finishes this warp's rows
+
+  __device__ __forceinline__ explicit Exchange(u64* arrived) : arrived(arrived) {
+    // The shuffle tells the compiler that the threads of a warp agree.
+    warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    owner = warp / kWarps, rank = blockIdx.x % SPLIT;
+  }
+  __device__ __forceinline__ static void begin(u64* arrived) {
+    barrier_init(arrived, 1);
+    barrier_expect(arrived, kBytes);
+  }
+  __device__ __forceinline__ bool finishes() const { return SPLIT == 1 || owner == rank; }
+
+  // Sends what others finish, and waits for what this warp finishes.
+  __device__ __forceinline__ void run(const Sums& sums) const {
+    cluster_wait();  // all rings are read, and the barriers of all blocks count
+    if (finishes()) return barrier_wait_cluster(arrived);
+    ClusterAddress there = address_in_block(room((rank + SPLIT - owner) % SPLIT), owner);
+    ClusterAddress barrier = address_in_block(arrived, owner);
+#pragma unroll
+    for (int i = 0; i < kQuads; i++)
+      send(there + i * kQuadBytes, barrier, sums.get(i / 2, i % 2));
+  }
+  // Where a lane's sums arrive from the block whose rank is so much higher, around the end.
+  __device__ __forceinline__ char* room(int distance) const {
+    return stage_memory(0) + (distance - 1) * kBlockBytes +
+           warp % kWarps * (kQuads * kQuadBytes) + threadIdx.x % 32 * 16;
+  }
+};
+
+// A lane's sums over the whole of K, added up in an order that does not depend on who came first.
+struct Totals {
+  const Sums& own;
+  const char* sent;  // to this lane
+
+  __device__ __forceinline__ float4 get(int group, int half) const {
+    float4 total = own.get(group, half);
+#pragma unroll
+    for (int i = 0; i < SPLIT - 1; i++) {
+      int at = i * Exchange::kBlockBytes + (group * 2 + half) * Exchange::kQuadBytes;
+      float4 v = *(const float4*)(sent + at);
+      total = make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w);
+    }
+    return total;
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     const __grid_constant__ TensorMap x,       // (rows, depth), boxes of TILE_ROWS rows
@@ -310,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     float2* moments,  // (parts, rows) of x, with RESIDUAL (feature tiles, rows) of out
     bf16* out,        // (rows, features)
     int rows, int features, int depth, float eps) {
-  __shared__ u64 full[STAGES], empty[STAGES];
+  __shared__ u64 full[STAGES], empty[STAGES], sums_arrived;
   __shared__ __align__(16) float column_bias[TILE_FEATURES];
   __shared__ __align__(16) float column_sums[TILE_FEATURES];
   let_next_start();
@@ -320,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
       barrier_init(full + i, 1);
       barrier_init(empty + i, kMultiplying / 32 * CLUSTER);  // every warp that reads it
     }
+    if (SPLIT > 1) Exchange::begin(&sums_arrived);
     barrier_init_done();
   }
   if (CLUSTER > 1) {
@@ -336,12 +208,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     Columns columns = {column_bias, column_sums};
     columns.fetch(bias, sums, tile.feature0, features);
     Result result = {out, tile.row0, tile.feature0, rows, features};
+    Exchange exchange(&sums_arrived);
     Finish finish;
     wait_for_previous();
-    finish.fetch(result, moments, depth, eps);
+    if (exchange.finishes()) finish.fetch(result, moments, depth, eps);
     Sums own;
     multiply(own, tile.steps, ring);
-    finish.write(own, columns, result, moments);
+    if (SPLIT > 1) cluster_arrive_relaxed();  // this warp's copies have arrived and are read
+    if (exchange.finishes()) finish.add(own, columns);
+    if (SPLIT > 1) exchange.run(own);
+    if (exchange.finishes())
+      finish.write(Totals{own, exchange.room(1)}, columns, result, moments);
   }
   // Whatever other blocks send to this one has been waited for, so it may leave before them.
 }

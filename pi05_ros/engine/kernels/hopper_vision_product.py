@@ -18,10 +18,11 @@ _DEPTH = 64  # of a step along K
 _RING_BYTES = 216 * 1024  # of the 227 KB that a block may have
 _MAX_STAGES = 12
 _GROUP = 16  # features that a thread and its three neighbours have of a row
-_TILE_ROWS = (64, 128)
+_TILE_ROWS = (64, 128, 192)
 _TILE_FEATURES = (208, 160, 144, 128, 96, 64)
-# From here on along K, operands that clusters share are worth that blocks wait for each other.
-_LONG_DEPTH = 2048
+_MAX_TILE = 192 * 144  # whose sums leave room in the registers of a multiprocessor
+_SPLITS = (1, 2, 4)
+_LONG_DEPTH = 2048  # from here on blocks may share out K, and send each other their sums
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,20 @@ class Tiling:
         rows, features: of a tile.
         cluster: blocks with different rows that share their features' weights.
         stages: of the ring in shared memory.
+        split: blocks with the same tile that share out K; one of this and ``cluster`` is 1.
     """
 
     rows: int
     features: int
     cluster: int
     stages: int
+    split: int = 1
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
             'TILE_ROWS': self.rows, 'TILE_FEATURES': self.features, 'CLUSTER': self.cluster,
-            'STAGES': self.stages,
+            'STAGES': self.stages, 'SPLIT': self.split,
         }  # fmt: skip
 
     def threads(self) -> int:
@@ -57,7 +60,11 @@ class Tiling:
     def blocks(self, rows: int, features: int) -> int:
         """Return the grid: one block per tile, in whole clusters."""
         row_clusters = -(-rows // (self.rows * self.cluster))
-        return row_clusters * self.cluster * -(-features // self.features)
+        return row_clusters * self.cluster * -(-features // self.features) * self.split
+
+    def cluster_blocks(self) -> int:
+        """Return the blocks of a cluster."""
+        return self.cluster * self.split
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,28 @@ class Shape:
 
 
 def choose_tiling(shape: Shape, processors: int) -> Tiling:
-    """Return the tiling with the fewest turns, weighted by the tile, then the fewest operands.
+    """Return the tiling that moves the fewest bytes through a multiprocessor's shared memory.
 
-    Neighbouring row tiles form clusters where their number allows it: pairs of 128 rows, and where
-    K is long as many as four of 64.
+    That is what bounds a block: per step along K the tiles of x and of the weight are written, and
+    every warpgroup reads its 64 rows and all features. Among equals it is the one with the fewest
+    bytes from L2. Neighbouring row tiles form pairs where their number allows it.
     """
-    rows, features = shape.rows, shape.features
+    depth_steps = -(-shape.depth // _DEPTH)
 
-    def cost(tile: tuple[int, int]) -> tuple[int, int]:
-        tiles = -(-rows // tile[0]) * -(-features // tile[1])
-        return -(-tiles // processors) * tile[0] * tile[1], tiles * sum(tile)
+    def cost(tile: tuple[int, int, int]) -> tuple[int, int]:
+        rows, features, split = tile
+        blocks = -(-shape.rows // rows) * -(-shape.features // features) * split
+        steps = -(-depth_steps // split)
+        moved = (rows + features) + (rows + features * rows // 64)
+        return -(-blocks // processors) * steps * moved, blocks * steps * (rows + features)
 
-    tile_rows, tile_features = min(product(_TILE_ROWS, _TILE_FEATURES), key=cost)
-    row_tiles = -(-rows // tile_rows)
-    largest = 2 if tile_rows == 128 else 4 if shape.depth >= _LONG_DEPTH else 1
-    fitting = (size for size in (4, 2, 1) if size <= largest and tile_features % (8 * size) == 0)
-    cluster = next(size for size in fitting if row_tiles % size == 0)
-    room = _RING_BYTES // _stage_bytes(tile_rows, tile_features)
-    stages = min(room, _MAX_STAGES, -(-shape.depth // _DEPTH))
-    return Tiling(tile_rows, tile_features, cluster, stages)
+    splits = _SPLITS if shape.depth >= _LONG_DEPTH else (1,)
+    tiles = product(_TILE_ROWS, _TILE_FEATURES, splits)
+    rows, features, split = min((t for t in tiles if t[0] * t[1] <= _MAX_TILE), key=cost)
+    paired = split == 1 and rows > 64 and -(-shape.rows // rows) % 2 == 0
+    room = _RING_BYTES // _stage_bytes(rows, features)
+    stages = min(room, _MAX_STAGES, -(-depth_steps // split))
+    return Tiling(rows, features, 2 if paired else 1, stages, split)
 
 
 def _stage_bytes(rows: int, features: int) -> int:
@@ -183,6 +193,6 @@ class HopperVisionProduct:
             module = compile_module(_SOURCE, defines, self._device)
             self._kernels[key] = CudaKernel(
                 module, 'vision_product', blocks, tiling.threads(), tiling.shared_bytes(),
-                tiling.cluster,
+                tiling.cluster_blocks(),
             )  # fmt: skip
         return self._kernels[key]

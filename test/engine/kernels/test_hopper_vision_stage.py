@@ -48,7 +48,8 @@ class EmulatedOps(PlainOps):
             library = self._folder / f'product{len(self._modules)}.so'
             self._modules[key] = CpuModule(hopper_vision_product._SOURCE, defines, library)
         self._modules[key].launch(
-            'vision_product', tiling.blocks(rows, features), tiling.threads(), tiling.cluster,
+            'vision_product', tiling.blocks(rows, features), tiling.threads(),
+            tiling.cluster_blocks(),
             TensorMap(x, tiling.rows), TensorMap(layer.weight, tiling.features // tiling.cluster),
             layer.bias, layer.sums, moments.values, out, rows, features, depth, eps,
         )  # fmt: skip
