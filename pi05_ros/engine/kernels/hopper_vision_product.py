@@ -58,7 +58,7 @@ class Tiling:
         return self.stages * _stage_bytes(self.rows, self.features) + 1024
 
     def blocks(self, rows: int, features: int) -> int:
-        """Return the grid: one block per tile, in whole clusters."""
+        """Return the grid: one block or ``split`` of them per tile, in whole clusters."""
         row_clusters = -(-rows // (self.rows * self.cluster))
         return row_clusters * self.cluster * -(-features // self.features) * self.split
 

@@ -15,7 +15,9 @@ from pi05_ros.engine.kernels.folded_norm import (
 
 
 @pytest.mark.parametrize(
-    ('width', 'part_columns'), [(96, 96), (200, 64), (1152, 96)], ids=['one', 'ragged', 'full']
+    ('width', 'part_columns'),
+    [(96, 96), (200, 64), (1152, 96), (1152, 144)],
+    ids=['one', 'ragged', 'full', 'wide'],
 )
 def test_rounded_rows_and_moments_match_the_twin(draw, assert_matches, dtype, width, part_columns):
     x = draw(5, width).float() * 1.001 + 20.0

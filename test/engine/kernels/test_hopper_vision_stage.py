@@ -20,12 +20,12 @@ _PROCESSORS = 132
 
 
 class EmulatedOps(PlainOps):
-    """The products compiled for the CPU, the rest plain; counts the products."""
+    """The products compiled for the CPU, the rest plain; counts them and those that split K."""
 
     order_features = staticmethod(order_features)
 
     def __init__(self, folder) -> None:
-        self._folder, self._modules, self.launches = folder, {}, 0
+        self._folder, self._modules, self.launches, self.splits = folder, {}, 0, 0
 
     def row_moments(self, x: Tensor, depth: int) -> RowMoments:
         tiling = choose_tiling(Shape(*x.shape, depth), _PROCESSORS)
@@ -54,6 +54,7 @@ class EmulatedOps(PlainOps):
             layer.bias, layer.sums, moments.values, out, rows, features, depth, eps,
         )  # fmt: skip
         self.launches += 1
+        self.splits += tiling.split > 1
 
 
 @pytest.fixture(scope='module')
@@ -72,8 +73,12 @@ def _state(checkpoint) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.parametrize('long_depth', [2048, 128])  # from which on blocks may share out K
 @torch.inference_mode()
-def test_a_stage_of_these_products_agrees_with_float32(checkpoint, tmp_path):
+def test_a_stage_of_these_products_agrees_with_float32(
+    checkpoint, tmp_path, monkeypatch, long_depth
+):
+    monkeypatch.setattr(hopper_vision_product, '_LONG_DEPTH', long_depth)
     config, ops = checkpoint.config, EmulatedOps(tmp_path)
     rows = config.vision.tokens_per_view
     prefixes = [
@@ -93,6 +98,7 @@ def test_a_stage_of_these_products_agrees_with_float32(checkpoint, tmp_path):
     stage.launch()
     exact.launch()
     assert ops.launches == 4 * config.vision.depth + 1
+    assert (ops.splits >= config.vision.depth) == (long_depth == 128)
     for found, expected in ((stage.x, exact.x), (stage.out, exact.out)):
         error = (found.float() - expected).norm() / expected.norm()
         assert error < 1.5e-2, f'relative error {error:.2e}'
