@@ -100,7 +100,22 @@ struct Finish {
         words[group][half] =
             result.has(group, half) ? __ldcg(result.at(group, half)) : make_uint2(0, 0);
   }
-  // Makes the words part of the sums, before other blocks' sums need their registers.
+  __device__ __forceinline__ void write(Sums& sums, const Columns& columns, const Result& result,
+                                        float2* moments) {
+    add(sums, columns);
+    float share = reciprocal(min(TILE_FEATURES, result.features - result.feature0));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float mean = sum_of_four(round(sums, result, half)) * share;
+      float squares = sum_of_four(distances(result, half, mean));
+      int tile = result.feature0 / TILE_FEATURES;
+      if (threadIdx.x % 4 == 0 && result.row(half) < result.rows)
+        moments[(size_t)tile * result.rows + result.row(half)] = {mean, squares};
+    }
+  }
+
+ private:
+  // For both halves at once, which have the same bias.
   __device__ __forceinline__ void add(Sums& sums, const Columns& columns) const {
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {
@@ -114,25 +129,8 @@ struct Finish {
       }
     }
   }
-  template <class Totals>
-  __device__ __forceinline__ void write(const Totals& sums, const Columns&, const Result& result,
-                                        float2* moments) {
-    float share = reciprocal(min(TILE_FEATURES, result.features - result.feature0));
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      if (half) __syncwarp();  // keeps the halves apart, which together have too many registers
-      float mean = sum_of_four(round(sums, result, half)) * share;
-      float squares = sum_of_four(distances(result, half, mean));
-      int tile = result.feature0 / TILE_FEATURES;
-      if (threadIdx.x % 4 == 0 && result.row(half) < result.rows)
-        moments[(size_t)tile * result.rows + result.row(half)] = {mean, squares};
-    }
-  }
-
- private:
   // Writes a row's result and returns what this lane's part of it, rounded, adds up to.
-  template <class Totals>
-  __device__ __forceinline__ float round(const Totals& sums, const Result& result, int half) {
+  __device__ __forceinline__ float round(const Sums& sums, const Result& result, int half) {
     float total = 0.f;
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {
@@ -188,9 +186,7 @@ struct Finish {
       scale[half] = rsqrtf(sum_of_four(squares) / width + eps);
     }
   }
-  __device__ __forceinline__ void add(Sums&, const Columns&) const {}
-  template <class Totals>
-  __device__ __forceinline__ void write(const Totals& sums, const Columns& columns,
+  __device__ __forceinline__ void write(const Sums& sums, const Columns& columns,
                                         const Result& result, const float2*) const {
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {

@@ -6,10 +6,6 @@
 // a cluster have different rows and the same features: each brings its share of the features, once
 // from L2 into all of them. The ring has as many stages as a multiprocessor has room for.
 //
-// Where K is long, the SPLIT blocks of a cluster have the same tile instead and share out K: tiles can
-// be larger, which saves reads of shared memory. Each finishes some of the rows, of which the others
-// send it their sums.
-//
 // x enters as LayerNorm(x). With the norm's weight multiplied into `weight`, and what its bias adds to
 // the product in `bias`, that is
 //     LayerNorm(x) w^T + b = r (x weight^T - mean * sums) + bias     r = 1 / deviation
@@ -28,7 +24,6 @@ constexpr int kDepth = 64;  // columns of K per stage
 constexpr int kRowBytes = TILE_ROWS * 128, kStageBytes = kRowBytes + TILE_FEATURES * 128;
 constexpr int kShare = TILE_FEATURES / CLUSTER;  // features that a block brings of each step
 static_assert(kShare % 8 == 0, "shares keep the swizzle's period");
-static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares features or K");
 
 DYNAMIC_SHARED(shared_memory);
 
@@ -37,20 +32,16 @@ __device__ __forceinline__ char* stage_memory(int stage) {
   return (char*)shared_memory + begin + stage * kStageBytes;
 }
 
-// The tile of this block and its steps along K. Rows are the faster index: neighbours share their
-// weights.
+// The tile of this block. Rows are the faster index: neighbours share their weights.
 struct Tile {
-  int row0, feature0, first, steps;
+  int row0, feature0, steps;
 
   __device__ __forceinline__ Tile(int rows, int depth) {
     int row_tiles = (rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
-    int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
-    row0 = tile % row_tiles * TILE_ROWS, feature0 = tile / row_tiles * TILE_FEATURES;
-    int all_steps = (depth + kDepth - 1) / kDepth;
-    first = all_steps * rank / SPLIT;
-    steps = all_steps * (rank + 1) / SPLIT - first;
+    row0 = blockIdx.x % row_tiles * TILE_ROWS;
+    feature0 = blockIdx.x / row_tiles * TILE_FEATURES;
+    steps = (depth + kDepth - 1) / kDepth;
   }
-  __device__ __forceinline__ int column(int step) const { return (first + step) * kDepth; }
 };
 
 struct Ring {
@@ -64,15 +55,14 @@ __device__ __forceinline__ void bring_features(const TensorMap& weight, const Ti
   int part = blockIdx.x % CLUSTER * kShare;
   char* target = stage_memory(stage) + kRowBytes + part * 128;
   if (CLUSTER == 1)
-    load_tile(target, &weight, tile.column(step), tile.feature0, arrived);
+    load_tile(target, &weight, step * kDepth, tile.feature0, arrived);
   else
-    load_tile(target, &weight, tile.column(step), tile.feature0 + part, arrived,
-              (1 << CLUSTER) - 1);
+    load_tile(target, &weight, step * kDepth, tile.feature0 + part, arrived, (1 << CLUSTER) - 1);
 }
 
 __device__ __forceinline__ void bring_rows(const TensorMap& x, const Tile& tile, const Ring& ring,
                                            int stage, int step) {
-  load_tile(stage_memory(stage), &x, tile.column(step), tile.row0, ring.full + stage);
+  load_tile(stage_memory(stage), &x, step * kDepth, tile.row0, ring.full + stage);
 }
 
 // Weights do not depend on the kernel before: the first ones travel before the wait for it.
@@ -115,64 +105,6 @@ __device__ __forceinline__ void multiply(Sums& sums, int steps, const Ring& ring
   wgmma_wait<0>(sums.acc);
 }
 
-// What the blocks that share out K send each other: of every warp the sums of its 16 rows, to the block
-// that finishes them. They arrive where the ring was.
-struct Exchange {
-  static constexpr int kWarps = TILE_ROWS / 16 / SPLIT;  // whose rows a block finishes
-  static constexpr int kQuads = kGroups * 2;             // of a lane's sums
-  static constexpr int kQuadBytes = 32 * 16;             // of a warp's lanes, side by side
-  static constexpr int kBlockBytes = kWarps * kQuads * kQuadBytes, kBytes = (SPLIT - 1) * kBlockBytes;
-  static_assert(TILE_ROWS / 16 % SPLIT == 0, "every block finishes as many warps' rows");
-  static_assert(kBytes <= STAGES * kStageBytes, "what arrives takes the ring's place");
-
-  u64* arrived;
-  int warp, owner, rank;  // the owner finishes this warp's rows
-
-  __device__ __forceinline__ explicit Exchange(u64* arrived) : arrived(arrived) {
-    // The shuffle tells the compiler that the threads of a warp agree.
-    warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    owner = warp / kWarps, rank = blockIdx.x % SPLIT;
-  }
-  __device__ __forceinline__ static void begin(u64* arrived) {
-    barrier_init(arrived, 1);
-    barrier_expect(arrived, kBytes);
-  }
-  __device__ __forceinline__ bool finishes() const { return SPLIT == 1 || owner == rank; }
-
-  // Sends what others finish, and waits for what this warp finishes.
-  __device__ __forceinline__ void run(const Sums& sums) const {
-    cluster_wait();  // all rings are read, and the barriers of all blocks count
-    if (finishes()) return barrier_wait_cluster(arrived);
-    ClusterAddress there = address_in_block(room((rank + SPLIT - owner) % SPLIT), owner);
-    ClusterAddress barrier = address_in_block(arrived, owner);
-#pragma unroll
-    for (int i = 0; i < kQuads; i++)
-      send(there + i * kQuadBytes, barrier, sums.get(i / 2, i % 2));
-  }
-  // Where a lane's sums arrive from the block whose rank is so much higher, around the end.
-  __device__ __forceinline__ char* room(int distance) const {
-    return stage_memory(0) + (distance - 1) * kBlockBytes +
-           warp % kWarps * (kQuads * kQuadBytes) + threadIdx.x % 32 * 16;
-  }
-};
-
-// A lane's sums over the whole of K, added up in an order that does not depend on who came first.
-struct Totals {
-  const Sums& own;
-  const char* sent;  // to this lane
-
-  __device__ __forceinline__ float4 get(int group, int half) const {
-    float4 total = own.get(group, half);
-#pragma unroll
-    for (int i = 0; i < SPLIT - 1; i++) {
-      int at = i * Exchange::kBlockBytes + (group * 2 + half) * Exchange::kQuadBytes;
-      float4 v = *(const float4*)(sent + at);
-      total = make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w);
-    }
-    return total;
-  }
-};
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     const __grid_constant__ TensorMap x,       // (rows, depth), boxes of TILE_ROWS rows
     const __grid_constant__ TensorMap weight,  // (features, depth) ordered, boxes of kShare rows
@@ -181,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     float2* moments,  // (parts, rows) of x, with RESIDUAL (feature tiles, rows) of out
     bf16* out,        // (rows, features)
     int rows, int features, int depth, float eps) {
-  __shared__ u64 full[STAGES], empty[STAGES], sums_arrived;
+  __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ __align__(16) float column_bias[TILE_FEATURES];
   __shared__ __align__(16) float column_sums[TILE_FEATURES];
   let_next_start();
@@ -191,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
       barrier_init(full + i, 1);
       barrier_init(empty + i, kMultiplying / 32 * CLUSTER);  // every warp that reads it
     }
-    if (SPLIT > 1) Exchange::begin(&sums_arrived);
     barrier_init_done();
   }
   if (CLUSTER > 1) {
@@ -208,17 +139,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) vision_product(
     Columns columns = {column_bias, column_sums};
     columns.fetch(bias, sums, tile.feature0, features);
     Result result = {out, tile.row0, tile.feature0, rows, features};
-    Exchange exchange(&sums_arrived);
     Finish finish;
     wait_for_previous();
-    if (exchange.finishes()) finish.fetch(result, moments, depth, eps);
-    Sums own;
-    multiply(own, tile.steps, ring);
-    if (SPLIT > 1) cluster_arrive_relaxed();  // this warp's copies have arrived and are read
-    if (exchange.finishes()) finish.add(own, columns);
-    if (SPLIT > 1) exchange.run(own);
-    if (exchange.finishes())
-      finish.write(Totals{own, exchange.room(1)}, columns, result, moments);
+    finish.fetch(result, moments, depth, eps);
+    Sums products;
+    multiply(products, tile.steps, ring);
+    finish.write(products, columns, result, moments);
   }
   // Whatever other blocks send to this one has been waited for, so it may leave before them.
 }

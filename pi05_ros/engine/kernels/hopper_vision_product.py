@@ -18,11 +18,10 @@ _DEPTH = 64  # of a step along K
 _RING_BYTES = 216 * 1024  # of the 227 KB that a block may have
 _MAX_STAGES = 12
 _GROUP = 16  # features that a thread and its three neighbours have of a row
-_TILE_ROWS = (64, 128, 192)
+_TILE_ROWS = (64, 128)
 _TILE_FEATURES = (208, 160, 144, 128, 96, 64)
-_MAX_TILE = 192 * 144  # whose sums leave room in the registers of a multiprocessor
-_SPLITS = (1, 2, 4)
-_LONG_DEPTH = 2048  # from here on blocks may share out K, and send each other their sums
+# From here on along K, shared weights are worth that four blocks wait for each other.
+_LONG_DEPTH = 2048
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,18 @@ class Tiling:
         rows, features: of a tile.
         cluster: blocks with different rows that share their features' weights.
         stages: of the ring in shared memory.
-        split: blocks with the same tile that share out K; one of this and ``cluster`` is 1.
     """
 
     rows: int
     features: int
     cluster: int
     stages: int
-    split: int = 1
 
     def defines(self) -> dict[str, int]:
         """Return the macros that the source is compiled with."""
         return {
             'TILE_ROWS': self.rows, 'TILE_FEATURES': self.features, 'CLUSTER': self.cluster,
-            'STAGES': self.stages, 'SPLIT': self.split,
+            'STAGES': self.stages,
         }  # fmt: skip
 
     def threads(self) -> int:
@@ -58,13 +55,9 @@ class Tiling:
         return self.stages * _stage_bytes(self.rows, self.features) + 1024
 
     def blocks(self, rows: int, features: int) -> int:
-        """Return the grid: one block or ``split`` of them per tile, in whole clusters."""
+        """Return the grid: one block per tile, in whole clusters."""
         row_clusters = -(-rows // (self.rows * self.cluster))
-        return row_clusters * self.cluster * -(-features // self.features) * self.split
-
-    def cluster_blocks(self) -> int:
-        """Return the blocks of a cluster."""
-        return self.cluster * self.split
+        return row_clusters * self.cluster * -(-features // self.features)
 
 
 @dataclass(frozen=True)
@@ -81,24 +74,32 @@ def choose_tiling(shape: Shape, processors: int) -> Tiling:
 
     That is what bounds a block: per step along K the tiles of x and of the weight are written, and
     every warpgroup reads its 64 rows and all features. Among equals it is the one with the fewest
-    bytes from L2. Neighbouring row tiles form pairs where their number allows it.
+    bytes from L2. Where K is long, tiles have 64 rows.
     """
-    depth_steps = -(-shape.depth // _DEPTH)
+    steps = -(-shape.depth // _DEPTH)
 
-    def cost(tile: tuple[int, int, int]) -> tuple[int, int]:
-        rows, features, split = tile
-        blocks = -(-shape.rows // rows) * -(-shape.features // features) * split
-        steps = -(-depth_steps // split)
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        rows, features = tile
+        blocks = -(-shape.rows // rows) * -(-shape.features // features)
         moved = (rows + features) + (rows + features * rows // 64)
-        return -(-blocks // processors) * steps * moved, blocks * steps * (rows + features)
+        return -(-blocks // processors) * moved, blocks * (rows + features)
 
-    splits = _SPLITS if shape.depth >= _LONG_DEPTH else (1,)
-    tiles = product(_TILE_ROWS, _TILE_FEATURES, splits)
-    rows, features, split = min((t for t in tiles if t[0] * t[1] <= _MAX_TILE), key=cost)
-    paired = split == 1 and rows > 64 and -(-shape.rows // rows) % 2 == 0
-    room = _RING_BYTES // _stage_bytes(rows, features)
-    stages = min(room, _MAX_STAGES, -(-depth_steps // split))
-    return Tiling(rows, features, 2 if paired else 1, stages, split)
+    tile_rows = (64,) if shape.depth >= _LONG_DEPTH else _TILE_ROWS
+    rows, features = min(product(tile_rows, _TILE_FEATURES), key=cost)
+    stages = min(_RING_BYTES // _stage_bytes(rows, features), _MAX_STAGES, steps)
+    return Tiling(rows, features, _choose_cluster(shape, rows, features), stages)
+
+
+def _choose_cluster(shape: Shape, rows: int, features: int) -> int:
+    """Return how many neighbouring row tiles share weights: two of 128 rows, four where K is long.
+
+    Of 132 multiprocessors, clusters of four fill no more than 120 at once. The cost of a tiling
+    leaves that out: the released model with up to three views has fewer blocks in them.
+    """
+    largest = 4 if shape.depth >= _LONG_DEPTH else 2 if rows == 128 else 1
+    row_tiles = -(-shape.rows // rows)
+    fitting = (size for size in (4, 2, 1) if size <= largest and features % (8 * size) == 0)
+    return next(size for size in fitting if row_tiles % size == 0)
 
 
 def _stage_bytes(rows: int, features: int) -> int:
@@ -193,6 +194,6 @@ class HopperVisionProduct:
             module = compile_module(_SOURCE, defines, self._device)
             self._kernels[key] = CudaKernel(
                 module, 'vision_product', blocks, tiling.threads(), tiling.shared_bytes(),
-                tiling.cluster_blocks(),
+                tiling.cluster,
             )  # fmt: skip
         return self._kernels[key]
