@@ -222,6 +222,11 @@ def test_the_released_model_takes_one_turn(shape, tiling):
     assert tiling.blocks(shape.rows, shape.features) <= resident
 
 
+def test_tiles_have_64_rows_where_k_is_long():
+    assert choose_tiling(Shape(1280, 1152, 1152), _PROCESSORS).rows == 128
+    assert choose_tiling(Shape(1280, 1152, 4304), _PROCESSORS).rows == 64
+
+
 def test_clusters_shrink_where_row_tiles_or_shares_do_not_divide():
     def cluster(rows: int, features: int) -> int:
         return choose_tiling(Shape(rows, features, 4304), _PROCESSORS).cluster
