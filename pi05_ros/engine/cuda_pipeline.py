@@ -25,7 +25,7 @@ from .autotune import TunedKernel, tune
 from .denoise import DenoiseStage
 from .denoise_tuning import DenoiseTuning
 from .graphs import StageClock, StageGraph
-from .hopper_ops import choose_ops
+from .hopper_ops import HopperOps, choose_ops
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps
 from .pipeline import BackendError, InferenceResult, Pipeline, PipelineShape, StageTimes
@@ -33,8 +33,8 @@ from .prefill import PrefillStage
 from .preprocess import InputBuffers, PreprocessStage
 from .trace import Trace
 from .tuning import TunedChoices
-from .vision import VisionStage
-from .weights import State, pack_prefill, pack_vision
+from .vision import FoldedVisionStage, VisionStage
+from .weights import State, pack_folded_vision, pack_prefill, pack_vision
 
 _log = logging.getLogger(__name__)
 
@@ -98,9 +98,8 @@ class CudaPipeline(Pipeline):
         """Return 'cuda', 'cuda-hopper' where the kernels for Hopper GPUs run, or 'cuda-plain'
         where plain PyTorch runs in the graphs (float32).
         """
-        vision = 'cuda-plain' if self.precision == 'float32' else 'cuda'
-        denoise = self.denoise.chain.backend
-        return {'vision': vision, 'prefill': self._ops.backend, 'denoise': denoise}
+        ops, denoise = self._ops.backend, self.denoise.chain.backend
+        return {'vision': ops, 'prefill': ops, 'denoise': denoise}
 
     @torch.inference_mode()
     def infer(
@@ -242,7 +241,6 @@ class CudaPipeline(Pipeline):
         dtype = getattr(torch, self.precision)
         self._ops = choose_ops(config.vlm, self.precision, device)
         num_views = len(shape.view_sizes_px)
-        vision_weights = pack_vision(state, config, dtype, device)
         prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
         self._inputs = InputBuffers(config, shape, device)
         self.prefill = PrefillStage(
@@ -254,9 +252,7 @@ class CudaPipeline(Pipeline):
             lengths=self._inputs.lengths,
             tokens=self._inputs.tokens,
         )
-        self.vision = VisionStage(
-            vision_weights, config, self._ops, num_views, self.prefill.prefix
-        )
+        self.vision = self._build_vision(state, num_views)
         self.denoise = DenoiseStage(
             state,
             config,
@@ -273,6 +269,16 @@ class CudaPipeline(Pipeline):
         )
         self._host_actions = torch.empty(self.denoise.actions.shape, pin_memory=True)
         self._host_view = self._host_actions.numpy()
+
+    def _build_vision(self, state: State, num_views: int) -> VisionStage | FoldedVisionStage:
+        config, ops, prefix = self.config, self._ops, self.prefill.prefix
+        if isinstance(ops, HopperOps):
+            folded = pack_folded_vision(
+                state, config, prefix.dtype, prefix.device, ops.order_features
+            )
+            return FoldedVisionStage(folded, config, ops, num_views, prefix)
+        weights = pack_vision(state, config, prefix.dtype, prefix.device)
+        return VisionStage(weights, config, ops, num_views, prefix)
 
     def _capture(self) -> None:
         """Capture every graph that a call can need, all sharing one memory pool."""

@@ -10,9 +10,11 @@ from torch import Tensor
 from pi05_ros.model.config import GemmaConfig
 
 from .chips import chip_of
-from .kernels import hopper_gate_up, rope
+from .kernels import folded_norm, hopper_gate_up, rope
+from .kernels.folded_norm import NormedLinear, RowMoments
 from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
+from .kernels.hopper_vision_product import HopperVisionProduct, order_features
 from .kernels.nvrtc import has_bindings
 from .ops import FusedOps, Ops, PlainGpuOps
 from .tuning import TunedChoices, load_choices
@@ -35,11 +37,11 @@ def choose_ops(vlm: GemmaConfig, precision: str, device: torch.device) -> Ops:
         return HopperOps(device, choices)
     if obstacle is None:
         _log.warning(
-            'the prefill runs the slower Triton kernels: cuda-bindings is missing; '
+            'vision and prefill run slower kernels: cuda-bindings is missing; '
             'pip install cuda-bindings'
         )
     else:
-        _log.info('the prefill runs the Triton kernels: %s', obstacle)
+        _log.info('vision and prefill run the kernels for any GPU: %s', obstacle)
     return FusedOps(device, choices)
 
 
@@ -51,7 +53,7 @@ def hopper_ops_obstacle(vlm: GemmaConfig, device: torch.device) -> str | None:
 
 
 class HopperOps(FusedOps):
-    """Gate and up, and the attention of the prefix, by Hopper's warpgroup instructions.
+    """Products of vision, gate and up, and the attention of the prefix by warpgroup instructions.
 
     Raises:
         BackendError: a kernel does not compile here.
@@ -59,13 +61,16 @@ class HopperOps(FusedOps):
 
     backend = 'cuda-hopper'
     tuned_kernels = ('vision_attention',)
+    early_vision_attention = True
 
     interleave = staticmethod(hopper_gate_up.interleave)
+    order_features = staticmethod(order_features)
 
     def __init__(self, device: torch.device, choices: TunedChoices) -> None:
         super().__init__(device, choices)
         self._gate_up = HopperGateUp(device)
         self._prefill_attention = HopperPrefillAttention(device)
+        self._vision_product = HopperVisionProduct(device)
 
     def rope_kv(
         self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
@@ -83,3 +88,24 @@ class HopperOps(FusedOps):
     def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
         """Run the kernel in CUDA C++."""
         self._gate_up(x, weight, eps, scale, out)
+
+    def row_moments(self, x: Tensor, depth: int) -> RowMoments:
+        """Return room for moments of the tiles that the product is cut into."""
+        return self._vision_product.moments(x.shape[0], x.shape[1], depth)
+
+    def round_rows(self, x: Tensor, out: Tensor, moments: RowMoments) -> None:
+        """Run the kernel, and let the first product begin early."""
+        folded_norm.round_rows(x, out, moments, early=True)
+
+    def normed_linear(
+        self, x: Tensor, moments: RowMoments, layer: NormedLinear, eps: float, out: Tensor, *,
+        gelu: bool = False,
+    ) -> None:  # fmt: skip
+        """Run the kernel in CUDA C++."""
+        self._vision_product.normed(x, moments, layer, eps, out, gelu=gelu)
+
+    def add_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: RowMoments
+    ) -> None:
+        """Run the kernel in CUDA C++."""
+        self._vision_product.add(x, weight, bias, out, moments)

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 
-from .kernels import cublaslt, gate_up, norms, prefill_attention, prompt, resize, rope
+from .kernels import cublaslt, folded_norm, gate_up, norms, prefill_attention, prompt, resize, rope
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
+from .kernels.folded_norm import NormedLinear, RowMoments
 from .tuning import TunedChoices
 
 Tensor = torch.Tensor
@@ -23,7 +24,7 @@ Tensor = torch.Tensor
 class Ops(Protocol):
     """Every operation writes into ``out`` and allocates nothing that outlives it."""
 
-    # What runs the prefill, in stage_backends.
+    # What runs vision and prefill, in stage_backends.
     backend: str
 
     def linear(
@@ -94,6 +95,36 @@ class Ops(Protocol):
         """See :func:`pi05_ros.engine.kernels.gate_up.gate_up`."""
 
 
+class FoldedOps(Ops, Protocol):
+    """Operations for a vision whose norms are inside the products behind them."""
+
+    def order_features(self, weight: Tensor) -> Tensor:
+        """Return the weight of ``normed_linear`` and ``add_linear`` as they read it."""
+
+    def row_moments(self, x: Tensor, depth: int) -> RowMoments:
+        """Return room for the moments of x that :meth:`add_linear` of ``depth`` columns leaves."""
+
+    def round_rows(self, x: Tensor, out: Tensor, moments: RowMoments) -> None:
+        """See :func:`pi05_ros.engine.kernels.folded_norm.round_rows`."""
+
+    def normed_linear(
+        self,
+        x: Tensor,
+        moments: RowMoments,
+        layer: NormedLinear,
+        eps: float,
+        out: Tensor,
+        *,
+        gelu: bool = False,
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.folded_norm.normed_linear_plain`."""
+
+    def add_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: RowMoments
+    ) -> None:
+        """See :func:`pi05_ros.engine.kernels.folded_norm.add_linear_plain`."""
+
+
 class PlainOps:
     """The plain twins."""
 
@@ -108,6 +139,11 @@ class PlainOps:
     prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
     interleave = staticmethod(gate_up.interleave)
     gate_up = staticmethod(gate_up.gate_up_plain)
+    order_features = staticmethod(folded_norm.order_features_plain)
+    row_moments = staticmethod(folded_norm.row_moments_plain)
+    round_rows = staticmethod(folded_norm.round_rows_plain)
+    normed_linear = staticmethod(folded_norm.normed_linear_plain)
+    add_linear = staticmethod(folded_norm.add_linear_plain)
 
 
 class PlainGpuOps(PlainOps):
@@ -124,6 +160,8 @@ class FusedOps:
     backend = 'cuda'
     # What 'pi05-ros tune' finds block sizes for, see autotune.py.
     tuned_kernels: tuple[str, ...] = ('vision_attention', 'prefill_attention')
+    # Whether the vision attention overlaps with the kernels around it.
+    early_vision_attention = False
 
     resize_to_patches = staticmethod(resize.resize_to_patches)
     layer_norm = staticmethod(norms.layer_norm)
@@ -151,7 +189,8 @@ class FusedOps:
             return
         key = f'vision_attention-{qkv.shape[0]}'
         launch = self.choices.kernel(key, vision.default_launch(qkv.device))
-        vision.vision_attention(qkv, num_heads, tokens_per_view, out, launch)
+        early = self.early_vision_attention
+        vision.vision_attention(qkv, num_heads, tokens_per_view, out, launch, early=early)
 
     def prefill_attention(
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor

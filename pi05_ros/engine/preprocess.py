@@ -13,7 +13,7 @@ from pi05_ros.model.config import Pi05Config
 from .kernels.resize import make_tables
 from .ops import Ops
 from .pipeline import BackendError, PipelineShape
-from .vision import VisionStage
+from .vision import VisionBuffers
 
 _ALIGNMENT_BYTES = 256
 # Two buffers for each of three cameras make eight; more come only of headers of other lengths.
@@ -194,7 +194,7 @@ class PreprocessStage:
         shape: PipelineShape,
         ops: Ops,
         inputs: InputBuffers,
-        vision: VisionStage,
+        vision: VisionBuffers,
         noise: torch.Tensor,
     ) -> None:
         device = inputs.images.device
@@ -210,6 +210,6 @@ class PreprocessStage:
             self.tables,
             self.scratch,
             self.vision.patches,
-            self.vision.weights.patch_copies,
+            self.vision.patch_copies,
         )
         self.noise.copy_(self.inputs.noise)

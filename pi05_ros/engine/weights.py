@@ -8,11 +8,13 @@ lie near -1, where (1 + w) in bfloat16 would vanish (performance.md 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pi05_ros.model.config import Pi05Config
+
+from .kernels.folded_norm import NormedLinear, fold_norm
 
 State = MutableMapping[str, torch.Tensor]
 
@@ -52,8 +54,8 @@ class VisionLayer:
 
 
 @dataclass(frozen=True)
-class VisionWeights:
-    """The tower and the projector.
+class PatchWeights:
+    """How patches enter the tower.
 
     Args:
         patch: (W, copies * 3 * patch_px**2, padded to 8) weight on pixel values 0..255.
@@ -64,9 +66,33 @@ class VisionWeights:
     patch: torch.Tensor
     patch_offset: torch.Tensor
     patch_copies: int
+
+
+@dataclass(frozen=True)
+class VisionWeights(PatchWeights):
+    """The tower and the projector."""
+
     layers: tuple[VisionLayer, ...]
     post_norm: LayerNorm
     projector: Linear
+
+
+@dataclass(frozen=True)
+class FoldedVisionLayer:
+    """One SigLIP layer with its norms folded; the biases are fp32, the weights ordered."""
+
+    qkv: NormedLinear
+    out: Linear
+    fc1: NormedLinear
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class FoldedVisionWeights(PatchWeights):
+    """The tower and the projector with every norm folded into the product behind it."""
+
+    layers: tuple[FoldedVisionLayer, ...]
+    projector: NormedLinear
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,18 @@ class _Taker:
     def stacked(self, prefix: str, names: tuple[str, ...], kind: str) -> torch.Tensor:
         return torch.cat([self.tensor(f'{prefix}{name}.{kind}') for name in names])
 
+    def linear_fp32_bias(self, prefix: str) -> Linear:
+        return Linear(self.tensor(prefix + 'weight'), self.fp32(prefix + 'bias'))
+
+    def normed_linear(self, norm: str, prefix: str, names: tuple[str, ...]) -> NormedLinear:
+        """Return linear layers stacked, behind a LayerNorm."""
+        weight, bias = (
+            torch.cat([self.fp32(f'{prefix}{name}{kind}') for name in names])
+            for kind in ('weight', 'bias')
+        )
+        norm_weight, norm_bias = self.fp32(norm + 'weight'), self.fp32(norm + 'bias')
+        return fold_norm(norm_weight, norm_bias, weight, bias, self.dtype)
+
     def folded(
         self, prefix: str, names: tuple[str, ...], norm: torch.Tensor
     ) -> list[torch.Tensor]:
@@ -154,6 +192,40 @@ def pack_vision(
         post_norm=take.norm(_VISION + 'post_layernorm.'),
         projector=take.linear(_PROJECTOR),
     )
+
+
+def pack_folded_vision(
+    state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device,
+    order_features: Callable[[torch.Tensor], torch.Tensor],
+) -> FoldedVisionWeights:  # fmt: skip
+    """Take the same out of ``state``, with the norms folded into the products behind them.
+
+    Args:
+        order_features: puts the rows of a layer's weight as the kernels read them.
+    """
+    take = _Taker(state, dtype, device)
+    patch, offset, copies = _pack_patches(take, config)
+    layers = []
+    for index in range(config.vision.depth):
+        prefix = f'{_VISION}encoder.layers.{index}.'
+        attention, norm1, norm2 = (
+            prefix + name for name in ('self_attn.', 'layer_norm1.', 'layer_norm2.')
+        )
+        qkv = take.normed_linear(norm1, attention, ('q_proj.', 'k_proj.', 'v_proj.'))
+        out = take.linear_fp32_bias(attention + 'out_proj.')
+        fc1 = take.normed_linear(norm2, prefix + 'mlp.', ('fc1.',))
+        fc2 = take.linear_fp32_bias(prefix + 'mlp.fc2.')
+        layers.append(
+            FoldedVisionLayer(
+                qkv=replace(qkv, weight=order_features(qkv.weight)),
+                out=replace(out, weight=order_features(out.weight)),
+                fc1=replace(fc1, weight=order_features(fc1.weight)),
+                fc2=replace(fc2, weight=order_features(fc2.weight)),
+            )
+        )
+    projector = take.normed_linear(_VISION + 'post_layernorm.', _PROJECTOR, ('',))
+    projector = replace(projector, weight=order_features(projector.weight))
+    return FoldedVisionWeights(patch, offset, copies, tuple(layers), projector)
 
 
 def _pack_patches(take: _Taker, config: Pi05Config) -> tuple[torch.Tensor, torch.Tensor, int]:

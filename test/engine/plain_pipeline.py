@@ -9,8 +9,8 @@ from pi05_ros.engine.ops import PlainOps
 from pi05_ros.engine.pipeline import InferenceResult, PipelineShape, StageTimes
 from pi05_ros.engine.prefill import PrefillStage
 from pi05_ros.engine.preprocess import InputBuffers, PreprocessStage
-from pi05_ros.engine.vision import VisionStage
-from pi05_ros.engine.weights import pack_prefill, pack_vision
+from pi05_ros.engine.vision import FoldedVisionStage, VisionStage
+from pi05_ros.engine.weights import pack_folded_vision, pack_prefill, pack_vision
 from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.gemma import PrefixCache
 from pi05_ros.model.pi05 import Pi05Model
@@ -19,12 +19,23 @@ CPU = torch.device('cpu')
 
 
 class PlainPipeline:
-    """Stages on the CPU in float32; the denoise is the oracle's own."""
+    """Stages on the CPU in float32; the denoise is the oracle's own.
+
+    Args:
+        folded: run the vision whose norms are inside its products.
+    """
 
     device = 'cpu'
     precision = 'float32'
 
-    def __init__(self, state: dict, config: Pi05Config, shape: PipelineShape, oracle: Pi05Model):
+    def __init__(
+        self,
+        state: dict,
+        config: Pi05Config,
+        shape: PipelineShape,
+        oracle: Pi05Model,
+        folded: bool = False,
+    ):
         self.config, self.shape, self._oracle = config, shape, oracle
         ops, dtype = PlainOps(), torch.float32
         views = len(shape.view_sizes_px)
@@ -38,9 +49,13 @@ class PlainPipeline:
             self.inputs.lengths,
             self.inputs.tokens,
         )
-        self.vision = VisionStage(
-            pack_vision(state, config, dtype, CPU), config, ops, views, self.prefill.prefix
-        )
+        prefix = self.prefill.prefix
+        if folded:
+            folded_weights = pack_folded_vision(state, config, dtype, CPU, ops.order_features)
+            self.vision = FoldedVisionStage(folded_weights, config, ops, views, prefix)
+        else:
+            weights = pack_vision(state, config, dtype, CPU)
+            self.vision = VisionStage(weights, config, ops, views, prefix)
         self.noise = torch.zeros(shape.horizon, config.action_dim)
         self.preprocess = PreprocessStage(config, shape, ops, self.inputs, self.vision, self.noise)
 

@@ -27,19 +27,20 @@ def oracle(checkpoint):
 def make(checkpoint, oracle):
     """Return a function that builds the stages for some camera sizes."""
 
-    def build(sizes, longest=200):
+    def build(sizes, longest=200, folded=False):
         shape = PipelineShape(tuple(sizes), longest, checkpoint.config.action_horizon)
-        return PlainPipeline(load_state(checkpoint), checkpoint.config, shape, oracle)
+        return PlainPipeline(load_state(checkpoint), checkpoint.config, shape, oracle, folded)
 
     return build
 
 
+@pytest.mark.parametrize('folded', [False, True], ids=['norms-apart', 'norms-folded'])
 @pytest.mark.parametrize('case', ['two_views_37_tokens', 'three_views_200_tokens'])
-def test_prefix_and_cache_equal_openpi(make, golden_dir, case):
+def test_prefix_and_cache_equal_openpi(make, golden_dir, case, folded):
     golden = np.load(golden_dir / f'{case}_float32.npz')
     views = golden['images_u8'][golden['view_mask']]
     tokens = golden['tokens'][golden['token_mask']]
-    pipeline = make([views.shape[1:3]] * len(views))
+    pipeline = make([views.shape[1:3]] * len(views), folded=folded)
     rows = pipeline.run_prefix(list(views), tokens, golden['noise'])
     for name, found in (
         ('prefix_embs', pipeline.prefill.prefix[:rows]),

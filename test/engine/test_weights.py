@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pi05_ros.engine.kernels.folded_norm import order_features_plain
 from pi05_ros.engine.kernels.gate_up import interleave
-from pi05_ros.engine.weights import pack_prefill, pack_vision
+from pi05_ros.engine.weights import pack_folded_vision, pack_prefill, pack_vision
 from pi05_ros.model.checkpoint import load_state, open_checkpoint
 
 CPU = torch.device('cpu')
@@ -23,8 +24,12 @@ def state(golden_dir):
     return load_state(open_checkpoint(golden_dir))
 
 
-def test_packing_takes_the_tensors_out_of_the_state(state, config):
-    pack_vision(state, config, torch.float32, CPU)
+@pytest.mark.parametrize('folded', [False, True])
+def test_packing_takes_the_tensors_out_of_the_state(state, config, folded):
+    if folded:
+        pack_folded_vision(state, config, torch.float32, CPU, order_features_plain)
+    else:
+        pack_vision(state, config, torch.float32, CPU)
     pack_prefill(state, config, torch.float32, CPU, interleave)
     left = {name.split('.')[1] if 'expert' in name else name for name in state}
     assert not any('paligemma.' in name for name in state), left
@@ -54,6 +59,22 @@ def test_the_patch_weight_is_closer_to_float32_than_one_bfloat16(state, config):
     high, low = weights.patch.float()[:, : 2 * features].split(features, dim=1)
     assert (high + low - exact).norm() < 1e-4 * exact.norm()
     assert (high - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_a_folded_norm_is_rounded_once_and_its_sums_are_of_what_is_stored(state, config):
+    prefix = 'paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers.0.'
+    norm, fc1 = prefix + 'layer_norm2.', prefix + 'mlp.fc1.'
+    for name in (norm + 'weight', norm + 'bias'):  # those of the golden file are 1 and 0
+        state[name] = torch.linspace(-0.7, 1.3, config.vision.width)
+    weight, bias = state[fc1 + 'weight'].clone(), state[fc1 + 'bias'].clone()
+    gamma, beta = state[norm + 'weight'].clone(), state[norm + 'bias'].clone()
+    layer = (
+        pack_folded_vision(state, config, torch.bfloat16, CPU, order_features_plain).layers[0].fc1
+    )
+    assert torch.equal(layer.weight, (weight * gamma).bfloat16())
+    assert torch.allclose(layer.sums, layer.weight.float().sum(dim=1), atol=1e-5)
+    assert torch.allclose(layer.bias, bias + weight @ beta, atol=1e-5)
+    assert not torch.equal(layer.sums, (weight * gamma).sum(dim=1))
 
 
 def test_the_last_layer_keeps_only_what_fills_the_cache(state, config):

@@ -127,16 +127,18 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
 #define NAMES_24 NAMES_20 ", %20, %21, %22, %23"
 #define NAMES_28 NAMES_24 ", %24, %25, %26, %27"
 #define NAMES_32 NAMES_28 ", %28, %29, %30, %31"
+#define NAMES_48                                                                            \
+  NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NAMES_64                                                                            \
-  NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "  \
-           "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "    \
-           "%62, %63"
+  NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_104                                                                           \
+  NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, "  \
+           "%95, %96, %97, %98, %99, %100, %101, %102, %103"
 #define NAMES_128                                                                           \
-  NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "  \
-           "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, "    \
-           "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
-           "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, " \
-           "%121, %122, %123, %124, %125, %126, %127"
+  NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, "    \
+            "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SUMS_OF_4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
 #define SUMS_OF_8(i) SUMS_OF_4(i), SUMS_OF_4(i + 4)
 #define SUMS_4 SUMS_OF_4(0)
@@ -147,10 +149,12 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
 #define SUMS_24 SUMS_16, SUMS_OF_8(16)
 #define SUMS_28 SUMS_24, SUMS_OF_4(24)
 #define SUMS_32 SUMS_24, SUMS_OF_8(24)
-#define SUMS_64 SUMS_32, SUMS_OF_8(32), SUMS_OF_8(40), SUMS_OF_8(48), SUMS_OF_8(56)
-#define SUMS_128                                                                            \
-  SUMS_64, SUMS_OF_8(64), SUMS_OF_8(72), SUMS_OF_8(80), SUMS_OF_8(88), SUMS_OF_8(96), SUMS_OF_8(104),          \
-      SUMS_OF_8(112), SUMS_OF_8(120)
+#define SUMS_48 SUMS_32, SUMS_OF_8(32), SUMS_OF_8(40)
+#define SUMS_64 SUMS_48, SUMS_OF_8(48), SUMS_OF_8(56)
+#define SUMS_72 SUMS_64, SUMS_OF_8(64)
+#define SUMS_80 SUMS_72, SUMS_OF_8(72)
+#define SUMS_104 SUMS_80, SUMS_OF_8(80), SUMS_OF_8(88), SUMS_OF_8(96)
+#define SUMS_128 SUMS_104, SUMS_OF_8(104), SUMS_OF_8(112), SUMS_OF_8(120)
 #define WGMMA(N, SUMS, A, B)                                                                \
   template <>                                                                               \
   __device__ __forceinline__ void wgmma<N>(float (&acc)[N / 2], u64 a, u64 b) {             \
@@ -168,7 +172,11 @@ WGMMA(40, 20, 20, 21)
 WGMMA(48, 24, 24, 25)
 WGMMA(56, 28, 28, 29)
 WGMMA(64, 32, 32, 33)
+WGMMA(96, 48, 48, 49)
 WGMMA(128, 64, 64, 65)
+WGMMA(144, 72, 72, 73)
+WGMMA(160, 80, 80, 81)
+WGMMA(208, 104, 104, 105)
 WGMMA(256, 128, 128, 129)
 
 #define WGMMA_REGISTERS(NAME, N, SUMS, A0, A1, A2, A3, B, TRANSPOSED)                      \

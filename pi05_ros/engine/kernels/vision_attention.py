@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import let_next_start, wait_for_previous
+
 
 @triton.jit
 def _vision_attention_kernel(
@@ -23,7 +25,9 @@ def _vision_attention_kernel(
     TOKENS: tl.constexpr,
     KEYS_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
     head = tl.program_id(1) % HEADS
     first = tl.program_id(1) // HEADS * TOKENS
     STRIDE: tl.constexpr = 3 * HEADS * DIM
@@ -35,6 +39,7 @@ def _vision_attention_kernel(
     m_key = (o_key < TOKENS)[:, None] & m_dim
     p_head = p_qkv + head * DIM + o_dim[None, :]
     o_key_row = (first + o_key)[:, None] * STRIDE
+    wait_for_previous(PDL)
 
     b_q = tl.load(p_head + (first + o_row)[:, None] * STRIDE, mask=m_row, other=0.0)
     b_k = tl.load(p_head + HEADS * DIM + o_key_row, mask=m_key, other=0.0)
@@ -69,6 +74,8 @@ def vision_attention(
     tokens_per_view: int,
     out: torch.Tensor,
     launch: dict[str, int] | None = None,
+    *,
+    early: bool = False,
 ) -> None:
     """Write softmax(q k^T / sqrt(D)) v per view and head.
 
@@ -76,6 +83,7 @@ def vision_attention(
         qkv: (V * tokens, 3 * heads * D) as the merged projection leaves it.
         out: (V * tokens, heads * D).
         launch: ``block_m`` query rows per program (a power of two >= 16) and ``warps``.
+        early: start before the kernel before it has completed, and let the next one do so.
     """
     launch = launch or default_launch(qkv.device)
     dim = out.shape[1] // num_heads
@@ -91,6 +99,8 @@ def vision_attention(
         TOKENS=tokens_per_view,
         KEYS_BLOCK=triton.next_power_of_2(tokens_per_view),
         BLOCK_M=launch['block_m'],
+        PDL=early,
+        launch_pdl=early,
         num_warps=launch['warps'],
     )
 
