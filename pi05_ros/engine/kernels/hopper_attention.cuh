@@ -60,6 +60,8 @@ struct Range {
     first_new = rank * kNew, news = max(min(kNew, HORIZON - (int)first_new), 0);
     first_old = rank * share, olds = max(min(share, prefix - (int)first_old), 0);
   }
+  // Of a cluster that has no queries: see HopperPlan.spare_clusters.
+  __device__ __forceinline__ bool is_spare() const { return query0 >= kQueries; }
   __device__ __forceinline__ bool seen(u32 row) const {
     return row < kNewRows ? row < news : row < kNewRows + olds;
   }
@@ -338,6 +340,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attend(
   __shared__ u64 arrived;
   let_next_start();
   Range range(*n_prefix);
+  if (range.is_spare()) return wait_for_previous();
   if (threadIdx.x == 0) {
     int rows = max(min(kShare, QUERY_BLOCK - (int)range.rank * kShare), 0);
     barrier_init(&arrived);

@@ -93,6 +93,9 @@ class HopperPlan:
     queries: int  # rows of a cluster of the attention
     ranges: int  # of keys, one per block of a cluster
     keys: int  # of a range, at most
+    # Clusters of the attention that only keep two blocks of the output projection, which start
+    # beside it, from one multiprocessor: no block of gate_up would fit there with them.
+    spare_clusters: int = 0
     end_tokens: int = 4  # of a cluster at a step's end
     end_blocks: int = 8  # of such a cluster, each with some columns
 
@@ -108,7 +111,8 @@ class HopperPlan:
 
     def attend_blocks(self, expert: GemmaConfig, horizon: int) -> int:
         """Return the blocks of the attention."""
-        return -(-expert.num_heads * horizon // self.queries) * self.ranges
+        clusters = -(-expert.num_heads * horizon // self.queries) + self.spare_clusters
+        return clusters * self.ranges
 
     def attend_bytes(self, head_dim: int) -> int:
         """Return the shared memory of an attention block: keys, values, queries."""
@@ -126,7 +130,8 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
     """
     # A cluster has to fit into one part of the GPU: of 132 multiprocessors 15 clusters of 8 do.
     clusters = max(1, processors // _RANGES - 1)
-    queries = 16 * -(-expert.num_heads * horizon // (16 * clusters))
+    rows = expert.num_heads * horizon
+    queries = 16 * -(-rows // (16 * clusters))
     new_rows = -(-horizon // (8 * _RANGES)) * 8  # of a range, whole tiles of 8
     heads = expert.num_heads * expert.head_dim
     plan = HopperPlan(
@@ -143,6 +148,7 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
         queries=queries,
         ranges=_RANGES,
         keys=-(-(new_rows - (-max_prefix // _RANGES)) // 16) * 16,
+        spare_clusters=min(1, clusters + -rows // queries),
     )  # fmt: skip
     beside = _PROCESSOR_BYTES - _DECLARED_BYTES - plan.attend_bytes(expert.head_dim)
     if plan.qkv.shared_bytes(horizon) > beside:

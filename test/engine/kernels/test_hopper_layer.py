@@ -43,8 +43,12 @@ _OTHER_CUT = replace(
 # ranges without a key, and at a step's end blocks have 128, 32, 64, 128 and 256 columns.
 _PLANS = {
     50: replace(_PLAN, end_tokens=8, end_blocks=2),
-    33: replace(_OTHER_CUT, queries=48, ranges=1, keys=144, end_tokens=8, end_blocks=8),
-    15: replace(_OTHER_CUT, queries=16, ranges=8, keys=32, end_tokens=4, end_blocks=2),
+    33: replace(
+        _OTHER_CUT, queries=48, ranges=1, keys=144, spare_clusters=2, end_tokens=8, end_blocks=8
+    ),
+    15: replace(
+        _OTHER_CUT, queries=16, ranges=8, keys=32, spare_clusters=1, end_tokens=4, end_blocks=2
+    ),
     10: replace(
         _PLAN, down=Slab(64, 512, token_bytes=1), queries=16, ranges=8, keys=32, end_tokens=4,
         end_blocks=4,
