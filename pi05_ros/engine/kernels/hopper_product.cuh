@@ -36,8 +36,9 @@ struct Product {
   static constexpr int kTurns = kSteps / kGroups, kOwnTurns = kStages / kGroups;  // of a group
   static constexpr int kRoomOfTurn = kTilesOfStep + 1;  // for tokens, once it is over
   static constexpr int kGivenBack = (kTurns - kOwnTurns + kRoomOfTurn - 1) / kRoomOfTurn;  // turns
-  // Whether the first weights wait in registers; with 64 tokens there are too few.
-  static constexpr bool kHolds = kGivenBack > 0 && kTokens < 64;
+  // Whether the first weights wait in registers: where tokens would wait for more than one turn. With
+  // 64 tokens there are too few registers.
+  static constexpr bool kHolds = kGivenBack > 1 && kTokens < 64;
   static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
   static constexpr int kQuads = kFeatures / 4;
@@ -197,7 +198,7 @@ struct Product {
     named_barrier(1, kThreads);  // all tiles are read; the sums take their place
     keep(acc, group, kGroups == 2 ? 0 : half * 64);
     named_barrier(1, kThreads);
-    if (kSplit > 1) exchange(arrived, warp);
+    if constexpr (kSplit > 1) exchange(arrived, warp);
   }
 
   // A warp's 16 rows of a tile of weights, as wgmma takes them from registers.
