@@ -4,6 +4,7 @@
 #   make demo        the real node on real camera images, in the terminal, for about 20 s
 #   make test        all tests
 #   make test-jazzy  the ROS tests on ROS 2 Jazzy instead of Kilted
+#   make test-nvrtc  the CUDA C++ kernels compile for Hopper GPUs (no GPU needed)
 #   make lint        ruff and mypy
 #   make env         only the set-up
 #   make clean       remove the environments and everything that was built
@@ -28,7 +29,7 @@ SOURCES := $(shell find pi05_ros msg config launch cmake test/data/libero_spatia
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-jazzy lint env clean lock
+.PHONY: demo test test-jazzy test-nvrtc lint env clean lock
 .DELETE_ON_ERROR:
 
 demo: env
@@ -39,6 +40,10 @@ test: env
 
 test-jazzy:
 	$(MAKE) test VENV=.venv-jazzy DISTRIBUTION=jazzy PYTEST_ARGS="-m ros $(PYTEST_ARGS)"
+
+test-nvrtc: env
+	$(BIN)/python -m pip install --quiet -r requirements/nvrtc.txt
+	$(BIN)/python -m pytest -n 2 test/engine/kernels/test_nvrtc.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -34,7 +34,28 @@ def compile_module(
     Raises:
         BackendError: the package cuda-bindings is missing, or the source does not compile.
     """
-    driver, nvrtc = _bindings()
+    driver, _ = _bindings()
+    major, minor = torch.cuda.get_device_capability(device)
+    image, _ = compile_image(source, macros, f'sm_{major}{minor}')
+    torch.cuda.synchronize(device)  # makes PyTorch's context current; the module is loaded there
+    with torch.cuda.device(device):
+        return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
+
+
+def compile_image(
+    source: Path, macros: Sequence[tuple[str, int | str]], architecture: str,
+    options: Sequence[str] = (),
+) -> tuple[bytes, str]:  # fmt: skip
+    """Return a source compiled for an architecture such as 'sm_90', and what the compiler says.
+
+    It needs no GPU.
+
+    Args:
+        options: more options of the compiler.
+    Raises:
+        BackendError: the package cuda-bindings is missing, or the source does not compile.
+    """
+    _, nvrtc = _bindings()
     headers = included_files(source)
     program = _checked(
         nvrtc.nvrtcCreateProgram(
@@ -44,21 +65,20 @@ def compile_module(
         ),
         'NVRTC',
     )  # fmt: skip
-    major, minor = torch.cuda.get_device_capability(device)
     # The a: instructions that only this generation has.
-    options = [f'--gpu-architecture=sm_{major}{minor}a', '--std=c++17']
-    options += [f'-D{name}={value}' for name, value in macros]
-    encoded = [option.encode() for option in options]
-    if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
-        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), 'NVRTC'))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendError(f'{source.name} does not compile: {log.decode(errors="replace")}')
+    all_options = [f'--gpu-architecture={architecture}a', '--std=c++17', *options]
+    all_options += [f'-D{name}={value}' for name, value in macros]
+    encoded = [option.encode() for option in all_options]
+    failed = int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0
+    log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), 'NVRTC'))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    said = log.decode(errors='replace').rstrip('\0')
+    if failed:
+        raise BackendError(f'{source.name} does not compile: {said}')
     image = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), 'NVRTC'))
     _checked(nvrtc.nvrtcGetCUBIN(program, image), 'NVRTC')
     nvrtc.nvrtcDestroyProgram(program)
-    torch.cuda.synchronize(device)  # makes PyTorch's context current; the module is loaded there
-    with torch.cuda.device(device):
-        return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
+    return image, said
 
 
 def included_files(source: Path) -> list[Path]:
