@@ -36,9 +36,9 @@ struct Product {
   static constexpr int kTurns = kSteps / kGroups, kOwnTurns = kStages / kGroups;  // of a group
   static constexpr int kRoomOfTurn = kTilesOfStep + 1;  // for tokens, once it is over
   static constexpr int kGivenBack = (kTurns - kOwnTurns + kRoomOfTurn - 1) / kRoomOfTurn;  // turns
-  // Whether the first weights wait in registers: where tokens would wait for more than one turn. With
-  // 64 tokens there are too few registers.
-  static constexpr bool kHolds = kGivenBack > 1 && kTokens < 64;
+  // Whether the first weights wait in registers: where few tokens have room of their own. With 64
+  // tokens there are too few registers.
+  static constexpr bool kHolds = kGivenBack > 1 && kOwnTurns <= 2 && kTokens < 64;
   static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
   static constexpr int kQuads = kFeatures / 4;
