@@ -247,7 +247,7 @@ struct Exchange {
   }
 };
 
-// out[0..7] of 32 columns: this thread's two rows, eight neighbouring columns per lane.
+// 32 columns of this thread's two rows, eight neighbours per lane.
 __device__ __forceinline__ void write_wide(bf16* out, const float (&sums)[16]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
