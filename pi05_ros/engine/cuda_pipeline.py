@@ -239,7 +239,7 @@ class CudaPipeline(Pipeline):
     def _build_stages(self, state: State, device: torch.device) -> None:
         config, shape = self.config, self.shape
         dtype = getattr(torch, self.precision)
-        self._ops = choose_ops(config.vlm, self.precision, device)
+        self._ops = choose_ops(config, self.precision, device)
         num_views = len(shape.view_sizes_px)
         prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
         self._inputs = InputBuffers(config, shape, device)

@@ -7,13 +7,14 @@ import logging
 import torch
 from torch import Tensor
 
-from pi05_ros.model.config import GemmaConfig
+from pi05_ros.model.config import GemmaConfig, Pi05Config, VisionConfig
 
 from .chips import chip_of
 from .kernels import folded_norm, hopper_gate_up, rope
 from .kernels.folded_norm import NormedLinear, RowMoments
 from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
+from .kernels.hopper_vision_attention import HopperVisionAttention, vision_attention_misfit
 from .kernels.hopper_vision_product import HopperVisionProduct, order_features
 from .kernels.nvrtc import has_bindings
 from .ops import FusedOps, Ops, PlainGpuOps
@@ -22,7 +23,7 @@ from .tuning import TunedChoices, load_choices
 _log = logging.getLogger(__name__)
 
 
-def choose_ops(vlm: GemmaConfig, precision: str, device: torch.device) -> Ops:
+def choose_ops(config: Pi05Config, precision: str, device: torch.device) -> Ops:
     """Return what vision and prefill run on here, and say why.
 
     Raises:
@@ -32,9 +33,9 @@ def choose_ops(vlm: GemmaConfig, precision: str, device: torch.device) -> Ops:
         return PlainGpuOps()
     choices = load_choices(torch.cuda.get_device_name(device), chip_of(device))
     _log.info('kernel choices for %s: %s', choices.gpu, choices.source)
-    obstacle = hopper_ops_obstacle(vlm, device)
+    obstacle = hopper_ops_obstacle(config.vlm, device)
     if obstacle is None and has_bindings():
-        return HopperOps(device, choices)
+        return HopperOps(device, choices, config.vision)
     if obstacle is None:
         _log.warning(
             'vision and prefill run slower kernels: cuda-bindings is missing; '
@@ -53,24 +54,39 @@ def hopper_ops_obstacle(vlm: GemmaConfig, device: torch.device) -> str | None:
 
 
 class HopperOps(FusedOps):
-    """Products of vision, gate and up, and the attention of the prefix by warpgroup instructions.
+    """Products of vision, gate and up, and the attentions of both by warpgroup instructions.
+
+    A vision of other sizes than the released model's runs the attention for any GPU.
 
     Raises:
         BackendError: a kernel does not compile here.
     """
 
     backend = 'cuda-hopper'
-    tuned_kernels = ('vision_attention',)
     early_vision_attention = True
 
     interleave = staticmethod(hopper_gate_up.interleave)
     order_features = staticmethod(order_features)
 
-    def __init__(self, device: torch.device, choices: TunedChoices) -> None:
+    def __init__(self, device: torch.device, choices: TunedChoices, vision: VisionConfig) -> None:
         super().__init__(device, choices)
         self._gate_up = HopperGateUp(device)
         self._prefill_attention = HopperPrefillAttention(device)
         self._vision_product = HopperVisionProduct(device)
+        misfit = vision_attention_misfit(vision.head_dim, vision.tokens_per_view)
+        self._vision_attention = None if misfit else HopperVisionAttention(device)
+        self.tuned_kernels = ('vision_attention',) if misfit else ()
+        if misfit:
+            _log.info('the attention of vision runs the kernel for any GPU: %s', misfit)
+
+    def vision_attention(
+        self, qkv: Tensor, num_heads: int, tokens_per_view: int, out: Tensor
+    ) -> None:
+        """Run the kernel in CUDA C++ if it takes this vision."""
+        if self._vision_attention is None:
+            super().vision_attention(qkv, num_heads, tokens_per_view, out)
+        else:
+            self._vision_attention(qkv, num_heads, out)
 
     def rope_kv(
         self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,

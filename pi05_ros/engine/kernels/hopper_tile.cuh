@@ -1,7 +1,8 @@
 // Tensor copies and warpgroup products of Hopper GPUs (sm_90a).
 //
 // Tiles in shared memory have rows of 64 bfloat16 (128 bytes) and begin at multiples of 1024 bytes;
-// the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which keeps banks apart.
+// the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which keeps banks apart. Narrow tiles have
+// rows of 16 and begin at multiples of 256 bytes; chunk c of row r lies at chunk c ^ (r / 4 % 2).
 #ifndef HOPPER_TILE_CUH
 #define HOPPER_TILE_CUH
 #include "hopper.cuh"
@@ -82,6 +83,13 @@ __device__ __forceinline__ u64 tile_operand(const void* shared) {
 __device__ __forceinline__ u64 rows_operand(const void* shared, u32 tile_bytes) {
   u64 address = (shared_address(shared) & 0x3ffff) >> 4;
   return address | (u64)(tile_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+// A narrow tile as an operand of either kind: 16 along K, or 16 columns with a row per K, where 32
+// more is 16 rows further along K. Eight rows take 256 bytes, 32-byte swizzle (code 3); nothing lies
+// beside the tile, so the other distance is not used, and it is the same to be safe.
+__device__ __forceinline__ u64 narrow_operand(const void* shared) {
+  u64 address = (shared_address(shared) & 0x3ffff) >> 4;
+  return address | 16ull << 16 | 16ull << 32 | 3ull << 62;
 }
 __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -197,6 +205,9 @@ WGMMA_REGISTERS(wgmma, 40, 20, 20, 21, 22, 23, 24, 0)
 WGMMA_REGISTERS(wgmma, 48, 24, 24, 25, 26, 27, 28, 0)
 WGMMA_REGISTERS(wgmma, 56, 28, 28, 29, 30, 31, 32, 0)
 WGMMA_REGISTERS(wgmma, 64, 32, 32, 33, 34, 35, 36, 0)
+WGMMA_REGISTERS(wgmma, 128, 64, 64, 65, 66, 67, 68, 0)
+WGMMA_REGISTERS(wgmma_rows, 16, 8, 8, 9, 10, 11, 12, 1)
+WGMMA_REGISTERS(wgmma_rows, 64, 32, 32, 33, 34, 35, 36, 1)
 WGMMA_REGISTERS(wgmma_rows, 256, 128, 128, 129, 130, 131, 132, 1)
 
 // Registers move from the warpgroup that copies to those that multiply.

@@ -160,10 +160,18 @@ class CudaKernel:
 
 
 class TensorTiles:
-    """A matrix as kernels copy boxes of it to shared memory, swizzled; passed by value."""
+    """A matrix as kernels copy boxes of it to shared memory, swizzled; passed by value.
+
+    Args:
+        box_columns: the swizzle spans them: 64 (128 bytes) or 16 (32 bytes).
+    """
 
     def __init__(self, matrix: Tensor, box_rows: int, box_columns: int) -> None:
         driver, _ = _bindings()
+        swizzle = {
+            64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            16: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_32B,
+        }[box_columns]
         rows, columns = matrix.shape
         size, bits = matrix.element_size(), driver.cuuint64_t
         small = driver.cuuint32_t
@@ -173,7 +181,7 @@ class TensorTiles:
                 matrix.data_ptr(), [bits(columns), bits(rows)], [bits(columns * size)],
                 [small(box_columns), small(box_rows)], [small(1), small(1)],
                 driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             ),

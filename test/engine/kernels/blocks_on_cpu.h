@@ -225,7 +225,8 @@ static void run_warp(Block& b, int warp) {
 }
 
 static void begin_copy(int rank, std::function<void()> deliver) {
-  copies.push_back({rank, (int)draw(6), deliver});
+  int late = draw(6) ? 0 : draw(60);  // at times behind all that others do meanwhile
+  copies.push_back({rank, (int)draw(6) + late, deliver});
   moves++;
 }
 static void deliver_copies() {

@@ -19,16 +19,17 @@ _INCLUDED = re.compile(r'^#include "(.*)"', re.MULTILINE)
 
 
 class TensorMap(ctypes.Structure):
-    """A bfloat16 matrix of which kernels load and store tiles of some rows and 64 columns."""
+    """A bfloat16 matrix of which kernels load tiles of some rows and 64 columns, or 16."""
 
     _fields_ = [
         ('base', ctypes.c_void_p), ('rows', ctypes.c_int), ('columns', ctypes.c_int),
         ('stride', ctypes.c_int), ('box_rows', ctypes.c_int), ('box_columns', ctypes.c_int),
     ]  # fmt: skip
 
-    def __init__(self, matrix: torch.Tensor, box_rows: int) -> None:
+    def __init__(self, matrix: torch.Tensor, box_rows: int, box_columns: int = 64) -> None:
         assert matrix.dtype == torch.bfloat16 and matrix.stride(1) == 1
-        super().__init__(matrix.data_ptr(), *matrix.shape, matrix.stride(0), box_rows, 64)
+        box = box_rows, box_columns
+        super().__init__(matrix.data_ptr(), *matrix.shape, matrix.stride(0), *box)
         self.matrix = matrix  # lives as long as its map
 
 

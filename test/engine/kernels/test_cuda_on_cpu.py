@@ -154,9 +154,10 @@ def test_overwriting_registers_before_the_wait_is_seen(tiles, row_per_k):
     assert not _product_of_registers(tiles, row_per_k, early=True)
 
 
-def test_rows_begin_at_a_multiple_of_eight(tiles):
+@pytest.mark.parametrize('kernel', ['misplaced_rows', 'misplaced_narrow_rows'])
+def test_rows_begin_at_a_multiple_of_eight(tiles, kernel):
     with pytest.raises(RuntimeError, match='begins at a multiple of 8 rows'):
-        tiles.launch('misplaced_rows', 1, 128, 1)
+        tiles.launch(kernel, 1, 128, 1)
 
 
 def test_every_warp_of_a_group_multiplies(tiles):

@@ -13,6 +13,7 @@ from pi05_ros.engine.kernels import (
     hopper_gate_up,
     hopper_layout,
     hopper_prefill_attention,
+    hopper_vision_attention,
     hopper_vision_product,
 )
 from pi05_ros.engine.kernels.hopper_vision_product import Shape, choose_tiling
@@ -92,6 +93,18 @@ def test_gate_and_up_of_the_prefill_keep_their_values_in_registers(rows, cluster
 def test_the_attention_of_the_prefill_keeps_its_values_in_registers():
     source = Path(hopper_prefill_attention.__file__).with_suffix('.cu')
     _assert_no_spills(_compile(source, {}), kernels=1)
+
+
+@pytest.mark.parametrize('views', [1, 2, 3])
+@pytest.mark.parametrize('cluster', [1, 2, 4])
+def test_the_attention_of_vision_keeps_its_values_in_registers(views, cluster):
+    vision = _FULL.vision
+    rows = views * vision.tokens_per_view
+    tiling = hopper_vision_attention.choose_tiling(rows, vision.num_heads, _PROCESSORS, cluster)
+    source = Path(hopper_vision_attention.__file__).with_suffix('.cu')
+    said = _compile(source, tiling.defines(vision.num_heads))
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
 
 
 def test_a_source_that_does_not_compile_is_said():

@@ -151,6 +151,17 @@ extern "C" __global__ void __launch_bounds__(128) misplaced_rows() {
   wgmma_wait<0>();
 }
 
+// The same of a narrow tile.
+extern "C" __global__ void __launch_bounds__(128) misplaced_narrow_rows() {
+  float acc[8] = {};
+  u32 a[4] = {};
+  const void* tile = (const void*)(((u64)shared_memory + 1023) / 1024 * 1024);
+  wgmma_begin();
+  wgmma_rows<16>(acc, a, narrow_operand(tile) + 8);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
 extern "C" __global__ void __launch_bounds__(128) three_warps() {
   float acc[4] = {};
   u64 tile = tile_operand((const void*)(((u64)shared_memory + 1023) / 1024 * 1024));

@@ -14,19 +14,30 @@ struct TensorMap {  // a bfloat16 matrix and the tiles that are copied from it
 
 namespace cpu {
 
-constexpr int kTileColumns = 64, kTileRowBytes = 2 * kTileColumns, kTileAlign = 1024;
+constexpr int kTileColumns = 64, kTileAlign = 1024;
+constexpr int kNarrowColumns = 16, kNarrowAlign = 256;
 
 // Where a tile with the 128-byte swizzle has an element.
 static bf16* in_tile(const void* tile, int row, int column) {
   return (bf16*)tile + row * kTileColumns + ((column / 8) ^ (row % 8)) * 8 + column % 8;
 }
+// The same of a narrow tile with the 32-byte swizzle.
+static bf16* in_narrow(const void* tile, int row, int column) {
+  return (bf16*)tile + row * kNarrowColumns + ((column / 8) ^ (row / 4 % 2)) * 8 + column % 8;
+}
+static bf16* in_box(const TensorMap& map, const void* tile, int row, int column) {
+  bool narrow = map.box_columns == kNarrowColumns;
+  return narrow ? in_narrow(tile, row, column) : in_tile(tile, row, column);
+}
 
 static int checked_bytes(const TensorMap& map, const void* tile) {
-  int bytes = map.box_rows * kTileRowBytes;
-  if (map.box_columns != kTileColumns || map.box_rows < 1 || map.box_rows > 256)
-    fail("a tile has 64 columns and 1 to 256 rows");
+  int bytes = map.box_rows * map.box_columns * 2;
+  bool narrow = map.box_columns == kNarrowColumns;
+  if ((!narrow && map.box_columns != kTileColumns) || map.box_rows < 1 || map.box_rows > 256)
+    fail("a tile has 64 or 16 columns and 1 to 256 rows");
   if ((u64)map.base % 16 || map.stride % 8) fail("rows of a tensor map begin at 16 bytes");
-  if ((u64)tile % kTileAlign) fail("a tile in shared memory begins at 1024 bytes");
+  if (!narrow && (u64)tile % kTileAlign) fail("a tile in shared memory begins at 1024 bytes");
+  if (narrow && (u64)tile % kNarrowAlign) fail("a narrow tile begins at 256 bytes");
   if (!is_dynamic(tile) || !is_dynamic((const char*)tile + bytes - 1))
     fail("a tile is not in dynamic shared memory");
   return bytes;
@@ -44,9 +55,9 @@ static void load(void* target, const TensorMap& map, int column, int row, u64* b
   u64* its = (u64*)named_in(barrier, rank);
   begin_copy(rank, [=] {
     for (int r = 0; r < map.box_rows; r++)
-      for (int c = 0; c < kTileColumns; c++) {
+      for (int c = 0; c < map.box_columns; c++) {
         bf16* from = in_tensor(map, row + r, column + c);
-        *in_tile(tile, r, c) = from ? *from : 0;
+        *in_box(map, tile, r, c) = from ? *from : 0;
       }
     count(its, 0, -bytes);
   });
@@ -62,6 +73,7 @@ static const void* operand_tile(u64 operand) {
 
 // This thread's part of acc (64 x n) += a (64 x 16) b (n x 16)^T.
 static void multiply(float* acc, int n, u64 a, u64 b) {
+  if ((a | b) >> 63) fail("narrow tiles are multiplied with registers");
   int lane = thread_index.x % 32, warp = thread_index.x / 32 % 4;
   const void *a_tile = operand_tile(a), *b_tile = operand_tile(b);
   int a_column = (a << 4) % kTileAlign / 2, b_column = (b << 4) % kTileAlign / 2;
@@ -116,6 +128,15 @@ static bf16* in_rows(u64 operand, int row, int column) {
   return in_tile((const char*)address + column / kTileColumns * apart, row, column % kTileColumns);
 }
 
+// An operand that is a narrow tile; null if it is none.
+constexpr u64 kNarrow = 1ull << 63;
+static const void* narrow_tile(u64 operand) {
+  if (!(operand & kNarrow)) return nullptr;
+  u64 address = operand << 4;
+  if (address % kNarrowAlign) fail("wgmma begins at a multiple of 8 rows of a narrow tile");
+  return (const void*)address;
+}
+
 }  // namespace cpu
 
 static inline void barrier_init(u64* barrier, u32 arrivals) { cpu::init(barrier, arrivals); }
@@ -146,6 +167,10 @@ static inline u64 rows_operand(const void* shared, u32 tile_bytes) {
   if (tile_bytes % cpu::kTileAlign) cpu::fail("tiles are a multiple of 1024 bytes apart");
   return tile | (u64)(tile_bytes >> 4) << cpu::kApartShift;
 }
+static inline u64 narrow_operand(const void* shared) {
+  if (!cpu::is_dynamic(shared)) cpu::fail("a tile is not in dynamic shared memory");
+  return (u64)shared >> 4 | cpu::kNarrow;
+}
 static inline void wgmma_begin() { cpu::thread->products.begun = true; }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
@@ -157,6 +182,10 @@ static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
 }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
+  if (const void* narrow = cpu::narrow_tile(b))
+    return cpu::begin_registers(acc, N, a, [=](int column, int k) {
+      return low(*cpu::in_narrow(narrow, column, k));
+    });
   const void* tile = cpu::operand_tile(b);
   int first = (b << 4) % cpu::kTileAlign / 2;
   cpu::begin_registers(acc, N, a, [=](int column, int k) {
@@ -165,7 +194,14 @@ static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
 }
 template <int N>
 static inline void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
-  static_assert(N % 64 == 0 && N <= 256, "columns of whole tiles");
+  static_assert(N == cpu::kNarrowColumns || N % 64 == 0 && N <= 256, "columns of whole tiles");
+  const void* narrow = cpu::narrow_tile(b);
+  if ((narrow != nullptr) != (N == cpu::kNarrowColumns))
+    cpu::fail("16 columns with a row per K are a narrow tile");
+  if (narrow)
+    return cpu::begin_registers(acc, N, a, [=](int column, int k) {
+      return low(*cpu::in_narrow(narrow, k, column));
+    });
   if ((b << 4) % cpu::kTileAlign) cpu::fail("wgmma begins at a multiple of 8 rows of a tile");
   cpu::begin_registers(acc, N, a, [=](int column, int k) {
     return low(*cpu::in_rows(b, k, column));
