@@ -47,6 +47,8 @@ ALL_SHAPES = (
     (10, 901, 3),
 )  # fmt: skip
 FEW_SHAPES = ((50, 712, 10), (15, 552, 3))
+# Without a pause between them. A race once showed in one of three hundred runs.
+_REPLAYS = 1000
 _TUNED_DIR = Path(__file__).parents[1] / 'pi05_ros' / 'engine' / 'tuned'
 
 
@@ -123,11 +125,11 @@ def check(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             stage.launch(num_steps)
-        same = []
-        for _ in range(20):
+        differing = torch.zeros((), dtype=torch.int64, device=actions.device)
+        for _ in range(_REPLAYS):
             stage.actions.fill_(float('nan'))
             graph.replay()
-            same.append(torch.equal(stage.actions, actions))
+            differing += (stage.actions != actions).any()
         bf16 = stage.eager(num_steps)
         exact = float32_twin(config, state, stage).eager(num_steps)
         row = {
@@ -135,7 +137,7 @@ def check(
             'cos_bf16': cosine(actions, bf16), 'cos_fp32': cosine(actions, exact),
             'cos_bf16_fp32': cosine(bf16, exact),
             'max_error': (actions - bf16).abs().max().item(),
-            'same_bits': all(same),
+            'other_bits': f'{differing.item()} of {_REPLAYS} replays',
         }  # fmt: skip
         print(row)
         rows.append(row)

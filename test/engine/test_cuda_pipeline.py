@@ -136,7 +136,7 @@ def test_actions_are_bit_identical_from_call_to_call(build, horizon):
     pipeline, inputs = build(2, horizon), make_inputs(2, horizon)
     first = call(pipeline, inputs)
     call(pipeline, make_inputs(2, horizon, 9, seed=5), 3)
-    for _ in range(20):
+    for _ in range(200):  # a race showed in one of three hundred
         assert np.array_equal(call(pipeline, inputs), first)
 
 

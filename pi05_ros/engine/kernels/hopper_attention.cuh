@@ -23,6 +23,7 @@ constexpr int kLdWeight = KEYS + 8;  // no bank conflicts
 constexpr bool kInside =
     (kQueries + QUERY_BLOCK - 1) / QUERY_BLOCK * QUERY_BLOCK <= (HEADS + 2) * HORIZON;
 static_assert(KEYS % 16 == 0 && KEYS > kNewRows && QUERY_BLOCK % 16 == 0, "attention tiling");
+static_assert(RANGES > 1, "a launch without clusters cannot send");
 static_assert(kPieces == 32 && kColumns == 32 && kWarps == 8, "a lane has 16 bytes of a row");
 static_assert(kTurns * kWarps * 8 <= kKeyRows + KEYS + QUERY_BLOCK, "the last turn stays inside");
 static_assert(2 * kLdWeight + 4 * kWarps + 16 * kShare * RANGES / QUERY_BLOCK < kRowBytes,

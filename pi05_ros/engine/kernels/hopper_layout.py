@@ -28,12 +28,14 @@ _TILE_ALIGN = 1024
 # multiprocessors empty; several of its blocks on one of them would take turns. The blocks of a
 # cluster start together, beside the blocks of QKV where there is room for both.
 _ATTEND_BYTES = 116 * 1024  # no second block fits beside it
-_OUT_BYTES = 76 * 1024  # two fit, and one beside a block of gate_up
+# Two blocks of the output projection fit, and one beside a block of gate_up; it asks for less
+# where it would not fit beside a block of the attention.
+_OUT_BYTES = 76 * 1024
 _MLP_TOKEN_BYTES = 14 * 1024  # so that blocks of gate_up and down fit beside each other
 # Weights compete for device memory: those of gate_up are needed first and are the most.
 _UP_IN_FLIGHT_BYTES, _DOWN_IN_FLIGHT_BYTES = 64 * 1024, 24 * 1024
 _PROCESSOR_BYTES = 228 * 1024
-_DECLARED_BYTES = 4 * 1024  # what two blocks take beside it, at most
+_DECLARED_BYTES = 6 * 1024  # what two blocks take beside it, with 1 KB each for the driver
 PRODUCTS = ('qkv', 'attention_out', 'gate_up', 'down')  # fields of plan and weights alike
 _MACROS = ('QKV', 'OUT', 'UP', 'DOWN')  # how the source calls them
 
@@ -151,6 +153,8 @@ def hopper_plan(expert: GemmaConfig, horizon: int, max_prefix: int, processors: 
         spare_clusters=min(1, clusters + -rows // queries),
     )  # fmt: skip
     beside = _PROCESSOR_BYTES - _DECLARED_BYTES - plan.attend_bytes(expert.head_dim)
+    out = replace(plan.attention_out, least_bytes=min(_OUT_BYTES, beside))
+    plan = replace(plan, attention_out=out)
     if plan.qkv.shared_bytes(horizon) > beside:
         return replace(plan, qkv=Slab(64, expert.width // 4, 4))
     return plan

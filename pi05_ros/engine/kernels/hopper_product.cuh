@@ -36,9 +36,9 @@ struct Product {
   static constexpr int kTurns = kSteps / kGroups, kOwnTurns = kStages / kGroups;  // of a group
   static constexpr int kRoomOfTurn = kTilesOfStep + 1;  // for tokens, once it is over
   static constexpr int kGivenBack = (kTurns - kOwnTurns + kRoomOfTurn - 1) / kRoomOfTurn;  // turns
-  // Whether the first weights wait in registers: where few tokens have room of their own. With 64
-  // tokens there are too few registers.
-  static constexpr bool kHolds = kGivenBack > 1 && kOwnTurns <= 2 && kTokens < 64;
+  // Whether the first weights wait in registers: where not all tokens have room of their own. With
+  // 64 tokens there are too few registers.
+  static constexpr bool kHolds = kGivenBack > 0 && kTokens < 64;
   static constexpr int kInFlight = kInFlightBytes / kStepBytes;
   static constexpr int kLdSum = kFeatures + 4;  // no bank conflicts
   static constexpr int kQuads = kFeatures / 4;
@@ -208,6 +208,7 @@ struct Product {
 #pragma unroll
     for (int k = 0; k < kStepColumns / 16; k++)
       load_matrix4(held[k], tile + row * 128 + ((k * 2 + lane / 16) ^ (row % 8)) * 16);
+    wait_for_loads(held);  // before it is said that tokens may take their place
     __syncwarp();
   }
 

@@ -17,6 +17,7 @@ static_assert(WIDTH % END_BLOCKS == 0 && kThreads % kEndColumns == 0 && kEndColu
               "columns of a block");
 static_assert(END_TOKENS <= kWarps && 32 % END_TOKENS == 0 && END_TOKENS % kEndGroups == 0,
               "tokens of a cluster");
+static_assert(END_BLOCKS > 1, "a launch without clusters cannot send");
 static_assert(END_BLOCKS <= SQUARES && ACTIONS % 4 == 0, "a part per block, 4 actions per warp");
 
 struct EndMemory {

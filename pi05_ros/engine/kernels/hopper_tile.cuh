@@ -37,6 +37,20 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
+// Wait until these registers are loaded. An arrival at a barrier overtakes loads from shared memory
+// that are on their way, and what is copied to their place after that would be loaded instead.
+template <int N>
+__device__ __forceinline__ void wait_for_loads(const u32 (&values)[N][4]) {
+  u32 all = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) all |= values[i][0] | values[i][1] | values[i][2] | values[i][3];
+  // No square is 2 modulo 4, but nobody who compiles this knows: the values have to be there.
+  asm volatile(
+      "{\n.reg .pred none;\n.reg .b32 square;\n"
+      "mul.lo.u32 square, %0, %0;\nand.b32 square, square, 3;\n"
+      "setp.eq.u32 none, square, 2;\n@none trap;\n}" ::"r"(all)
+      : "memory");
+}
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

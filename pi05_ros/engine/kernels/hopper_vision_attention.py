@@ -15,7 +15,6 @@ _DIM, _TOKENS = 72, 256
 _QUERIES = 64  # of a block
 _WIDE, _NARROW = 64, 16  # columns of the tiles that a head's rows lie in
 _THREADS = 256
-_CLUSTER = 2  # blocks that share copies of keys and values
 # Queries, keys and values, what the warpgroups give each other, beginning at a multiple of 1024.
 _SHARED_BYTES = (_QUERIES + 2 * _TOKENS) * 2 * (_WIDE + _NARROW) + 2 * 9 * 1024 + 1024
 _ALONE_BYTES = 120 * 1024  # more than half of a multiprocessor's
@@ -59,23 +58,23 @@ class Tiling:
         return _SHARED_BYTES if self.together == 2 else _ALONE_BYTES
 
 
-def choose_tiling(rows: int, num_heads: int, processors: int, cluster: int = _CLUSTER) -> Tiling:
-    """Return the tiling of ``rows`` tokens: one block per multiprocessor where that suffices."""
+def choose_tiling(rows: int, num_heads: int, processors: int) -> Tiling:
+    """Return the tiling of ``rows`` tokens: one block per multiprocessor where that suffices.
+
+    Two blocks share copies; few blocks do not wait for each other instead.
+    """
     blocks = rows // _QUERIES * num_heads
-    return Tiling(blocks, cluster, 1 if blocks <= processors else 2)
+    return Tiling(blocks, 1 if 2 * blocks <= processors else 2, 1 if blocks <= processors else 2)
 
 
 class HopperVisionAttention:
     """The kernels of one device, compiled when a shape first needs them.
 
     They start before the kernel before them has completed, and let the next one do so.
-
-    Args:
-        cluster: blocks that share copies of keys and values: 1, 2 or 4.
     """
 
-    def __init__(self, device: torch.device, cluster: int = _CLUSTER) -> None:
-        self._device, self._cluster = device, cluster
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels: dict[tuple[int, int], CudaKernel] = {}
 
@@ -98,7 +97,7 @@ class HopperVisionAttention:
     def _kernel(self, rows: int, num_heads: int) -> CudaKernel:
         key = (rows, num_heads)
         if key not in self._kernels:
-            tiling = choose_tiling(rows, num_heads, self._processors, self._cluster)
+            tiling = choose_tiling(rows, num_heads, self._processors)
             module = compile_module(
                 _SOURCE, tuple(tiling.defines(num_heads).items()), self._device
             )

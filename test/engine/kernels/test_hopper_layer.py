@@ -40,11 +40,11 @@ _OTHER_CUT = replace(
     gate_up=Slab(64, 256, token_bytes=1), down=Slab(128, 512, token_bytes=1),
 )  # fmt: skip
 # Other clusters by horizon: in products some have blocks that finish no token, in the attention
-# ranges without a key, and at a step's end blocks have 128, 32, 64, 128 and 256 columns.
+# ranges without a key, and at a step's end blocks have 128, 32, 128, 64 and 128 columns.
 _PLANS = {
     50: replace(_PLAN, end_tokens=8, end_blocks=2),
     33: replace(
-        _OTHER_CUT, queries=48, ranges=1, keys=144, spare_clusters=2, end_tokens=8, end_blocks=8
+        _OTHER_CUT, queries=48, ranges=2, keys=80, spare_clusters=2, end_tokens=8, end_blocks=8
     ),
     15: replace(
         _OTHER_CUT, queries=16, ranges=8, keys=32, spare_clusters=1, end_tokens=4, end_blocks=2
@@ -53,7 +53,7 @@ _PLANS = {
         _PLAN, down=Slab(64, 512, token_bytes=1), queries=16, ranges=8, keys=32, end_tokens=4,
         end_blocks=4,
     ),
-    1: replace(_OTHER_CUT, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=1),
+    1: replace(_OTHER_CUT, queries=16, ranges=5, keys=32, end_tokens=2, end_blocks=2),
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ Compiled for the CPU, where every thread is a fiber (cuda_on_cpu.py); as it is o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cuda_on_cpu import CpuModule, TensorMap
@@ -73,7 +75,8 @@ def attend(tmp_path_factory):
 )
 def test_attention_matches_its_twin(attend, views, heads, cluster, processors):
     qkv = _draw(views, heads)
-    out = attend(qkv, heads, choose_tiling(qkv.shape[0], heads, processors, cluster))
+    tiling = replace(choose_tiling(qkv.shape[0], heads, processors), cluster=cluster)
+    out = attend(qkv, heads, tiling)
     assert _error(out, _twin(qkv, heads)) < _LIMIT
 
 
@@ -124,10 +127,10 @@ def test_attention_matches_its_twin_at_full_size(views):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(('views', 'together'), [(1, 1), (2, 1), (3, 2)])
-def test_blocks_are_alone_on_a_multiprocessor_where_all_have_one(views, together):
+@pytest.mark.parametrize(('views', 'cluster', 'together'), [(1, 1, 1), (2, 2, 1), (3, 2, 2)])
+def test_blocks_are_alone_on_a_multiprocessor_where_all_have_one(views, cluster, together):
     tiling = choose_tiling(views * _TOKENS, 16, 132)
-    assert (tiling.blocks, tiling.together) == (views * 64, together)
+    assert tiling == Tiling(views * 64, cluster, together)
     # Of the 228 KB of a multiprocessor each block takes 1 KB more, and its fixed variables.
     fitting = 228 * 1024 // (tiling.shared_bytes() + 1024 + 1152)
     assert fitting == together

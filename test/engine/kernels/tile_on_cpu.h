@@ -223,5 +223,7 @@ static inline void more_registers() {}
 template <int kRegisters>
 static inline void fewer_registers() {}
 static inline void named_barrier(int id, int threads) { cpu::wait_at(id, threads); }
+template <int N>
+static inline void wait_for_loads(const u32 (&)[N][4]) {}  // nothing is on its way here
 
 #endif
