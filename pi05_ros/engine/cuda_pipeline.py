@@ -24,7 +24,7 @@ from . import denoise_tuner
 from .autotune import TunedKernel, tune
 from .denoise import DenoiseStage
 from .denoise_tuning import DenoiseTuning
-from .graphs import StageClock, StageGraph
+from .graphs import StageClock, StageGraph, make_current
 from .hopper_ops import HopperOps, choose_ops
 from .limits import check_device, check_limits, check_memory
 from .ops import FusedOps
@@ -74,6 +74,7 @@ class CudaPipeline(Pipeline):
                 self._build_stages(state, place)
             self._stream.synchronize()
             self._capture()
+        self._on_stream = make_current(self._stream)
         self.calls = 0
 
     @classmethod
@@ -113,7 +114,7 @@ class CudaPipeline(Pipeline):
         """Run the captured stages once; see :meth:`Pipeline.infer`."""
         start = time.perf_counter()
         clock, stream = self._clock, self._stream
-        with torch.cuda.stream(stream):
+        with self._on_stream:
             steps = self._send(images, tokens, noise, num_steps)
             clock.mark(1, stream)
             self._preprocess_graph.replay()
@@ -146,7 +147,7 @@ class CudaPipeline(Pipeline):
         num_steps: int | None = None,
     ) -> None:
         """Check a call and send its inputs to the device, where the next call's replace them."""
-        with torch.cuda.stream(self._stream):
+        with self._on_stream:
             self._send(images, tokens, noise, num_steps)
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:

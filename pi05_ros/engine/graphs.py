@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,15 @@ import torch
 from triton.errors import TritonError
 
 from .pipeline import BackendError
+
+
+def make_current(stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
+    """Return a context in which the stream is the current one; enter it often, but not nested.
+
+    That is the stream itself where PyTorch has it so, in C++; the context in Python asks for the
+    device, makes an object for the stream before, and compares devices, on every entry.
+    """
+    return stream if hasattr(stream, '__enter__') else torch.cuda.stream(stream)
 
 
 class StageGraph:

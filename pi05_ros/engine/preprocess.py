@@ -16,6 +16,7 @@ from .pipeline import BackendError, PipelineShape
 from .vision import VisionBuffers
 
 _ALIGNMENT_BYTES = 256
+_UINT8 = np.dtype(np.uint8)
 # Two buffers for each of three cameras make eight; more come only of headers of other lengths.
 _MAX_PLANS = 64
 
@@ -52,10 +53,8 @@ class PinnedMemory:
 
     def address_of(self, image: np.ndarray) -> int:
         """Return where an image begins that lies in lent memory, packed; 0 for any other."""
-        if image.dtype != np.uint8 or not image.flags.c_contiguous:
-            return 0
-        address = image.ctypes.data
-        return address if self._find(address, image.nbytes) is not None else 0
+        address = packed_address(image)
+        return address if address and self._find(address, image.nbytes) is not None else 0
 
     def tensor(self, address: int, num_bytes: int) -> torch.Tensor:
         """Return (num_bytes,) uint8 of lent memory, which it keeps alive."""
@@ -70,6 +69,13 @@ class PinnedMemory:
             if memory is not None and start <= address <= start + memory.nbytes - num_bytes:
                 return start, memory
         return None
+
+
+def packed_address(image: np.ndarray) -> int:
+    """Return where an image begins whose bytes follow each other without gaps, else 0."""
+    if image.dtype != _UINT8 or not image.flags.c_contiguous:
+        return 0
+    return image.ctypes.data
 
 
 class InputBuffers:
@@ -137,7 +143,8 @@ class InputBuffers:
         host = self._host_views
         self._place_images(images)
         host['tokens'][: len(tokens)] = tokens
-        host['lengths'][:] = len(tokens), num_image_rows + len(tokens)
+        host['lengths'][0] = len(tokens)
+        host['lengths'][1] = num_image_rows + len(tokens)
         host['noise'][...] = noise
 
     def upload(self) -> None:
@@ -147,36 +154,47 @@ class InputBuffers:
 
     def _place_images(self, images: Sequence[np.ndarray]) -> None:
         """Write what is not in pinned memory, and find out what is to be copied from where."""
-        addresses, start = [], 0
-        for image, size in zip(images, self._sizes, strict=True):
-            address = self._memory.address_of(image)
-            addresses.append(address)
+        addresses = tuple(map(packed_address, images))
+        # A plan keeps the memory that it reads alive, so at an address of a plan lies that memory.
+        copies = self._plans.get(addresses)
+        if copies is None or not all(addresses):
+            addresses = tuple(map(self._memory.address_of, images))
+            self._write_images(images, addresses)
+            copies = self._plans.get(addresses) or self._add_plan(addresses)
+        self._copies = copies
+
+    def _write_images(self, images: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
+        """Write the images without an address into the host's buffer."""
+        start = 0
+        for image, address, size in zip(images, addresses, self._sizes, strict=True):
             if not address:
                 target = self._host_views['images'][start : start + size]
                 target.reshape(image.shape)[...] = image
             start += size
-        key = tuple(addresses)
-        if key not in self._plans:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            self._plans[key] = self._plan(key)
-        self._copies = self._plans[key]
 
-    def _plan(self, addresses: Sequence[int]) -> list[Copy]:
-        """Return the fewest copies; what is not at an address comes from the host's buffer."""
-        copies: list[Copy] = []
+    def _add_plan(self, addresses: tuple[int, ...]) -> list[Copy]:
+        """Return the fewest copies; what is not at an address comes from the host's buffer.
+
+        The images in pinned memory come first: while the device is busy with them, the host has
+        time to enqueue what follows.
+        """
+        pinned: list[Copy] = []
+        staged: list[Copy] = []
         planned, end = 0, self._images_start
         for address, size in zip(addresses, self._sizes, strict=True):
             start, end = end, end + size
             if not address:
                 continue
             if planned < start:
-                copies.append((self._device[planned:start], self._host[planned:start]))
-            copies.append((self._device[start:end], self._memory.tensor(address, size)))
+                staged.append((self._device[planned:start], self._host[planned:start]))
+            pinned.append((self._device[start:end], self._memory.tensor(address, size)))
             planned = end
         if planned < end:
-            copies.append((self._device[planned:end], self._host[planned:end]))
-        return copies
+            staged.append((self._device[planned:end], self._host[planned:end]))
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        self._plans[addresses] = [*pinned, *staged]
+        return self._plans[addresses]
 
     def fill_with_longest(self, num_image_rows: int) -> None:
         """Put a call of the longest prompt on the device, for captures."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pi05_ros.model.pi05 import Pi05Model
 from pi05_ros.model.precision import PRECISIONS
 
 from . import bench_ros, measure
+from .bench_rate import AtRate, GpuLoad, GpuProbe, measure_at
 from .measure import Inputs, LinearModel, Timing
 from .random_weights import random_state
 from .roofline import Ceilings, stage_floors_ms
@@ -61,10 +63,17 @@ STANDARD_CASES = (
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What was measured for a case; the oracle's part is None where it was left out."""
+    """What was measured for a case; the oracle's part is None where it was left out.
+
+    Args:
+        timing: of calls back to back; ``gpu`` is how the GPU was under them, if it tells.
+        at_rates: the same at control rates.
+    """
 
     case: Case
     timing: Timing
+    gpu: GpuLoad | None
+    at_rates: list[AtRate]
     floors_ms: dict[str, float]
     prompt_change_ms: float
     oracle: Timing | None
@@ -143,7 +152,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; return the exit status."""
+    """Measure, print, write; return the exit status.
+
+    It is 1 where something could not be measured.
+    """
     from .bench_report import print_report, save_plot
 
     bench_ros.check_options(args)
@@ -156,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(report.as_json(), indent=1) + '\n', encoding='utf-8')
     if args.plot:
         save_plot(report, args.plot)
-    return 0
+    return 1 if any(found.refused for case in report.cases for found in case.at_rates) else 0
 
 
 class Bench:
@@ -175,9 +187,14 @@ class Bench:
         horizon = args.horizon or config.action_horizon
         asked = Case(args.views, args.prompt_tokens, horizon, args.steps)
         self.cases = list(STANDARD_CASES) if args.cases else [asked]
+        self.probe = GpuProbe(self.device)
 
     def run(self) -> Report:
         """Measure everything that was asked for."""
+        with closing(self.probe):
+            return self._run()
+
+    def _run(self) -> Report:
         ceilings = measure.measure_ceilings(self.device, self.args.precision)
         builds, results, sweeps = [], [], []
         for key in dict.fromkeys((case.views, case.horizon) for case in self.cases):
@@ -222,7 +239,7 @@ class Bench:
         ceilings: Ceilings,
         oracle: tuple[Timing, Any] | None,
     ) -> CaseResult:
-        timing = measure.time_calls(pipeline, inputs, case.steps, self.args.iterations)
+        timing, gpu, at_rates = self._time(pipeline, case, inputs)
         agreement = None
         if oracle is not None:
             call = (inputs.images, inputs.tokens, inputs.noise, case.steps)
@@ -234,7 +251,26 @@ class Bench:
         )  # fmt: skip
         changes = min(_PROMPT_CHANGES, self.args.iterations)
         change = measure.prompt_change_ms(pipeline, inputs, case.steps, changes)
-        return CaseResult(case, timing, floors, change, oracle and oracle[0], agreement)
+        return CaseResult(
+            case, timing, gpu, at_rates, floors, change, oracle and oracle[0], agreement
+        )
+
+    def _time(
+        self, pipeline: Pipeline, case: Case, inputs: Inputs
+    ) -> tuple[Timing, GpuLoad | None, list[AtRate]]:
+        """Time a case back to back, then at every rate that was asked for."""
+        calls = self.args.iterations
+
+        def run(count: int) -> object:
+            return measure.run_calls(pipeline, inputs, case.steps, count)
+
+        timing = measure.time_calls(pipeline, inputs, case.steps, calls)
+        gpu = self.probe.load(run, calls)
+        at_rates = [
+            measure_at(rate_hz, pipeline, inputs, case.steps, calls, timing, self.probe)
+            for rate_hz in self.args.rate_hz
+        ]
+        return timing, gpu, at_rates
 
     def _measure_oracle(
         self,
@@ -312,6 +348,7 @@ class Bench:
             'images': f'{width}x{height} px',
             'calls per case': str(self.args.iterations),
             'versions': f'pi05_ros {__version__}, PyTorch {torch.__version__}',
+            'clock and power': f'not read: {self.probe.fault}' if self.probe.fault else 'by NVML',
         }
 
 

@@ -44,8 +44,8 @@ _FULL_CHECKPOINT_BYTES = 8e9
 # Options of ``bench`` that have no meaning with --ros, and those that have none without it.
 _ENGINE_ONLY = ('cases', 'views', 'prompt_tokens', 'iterations', 'horizon', 'image_size',
                 'no_oracle', 'no_sweep')  # fmt: skip
-_ROS_ONLY = ('sizes', 'transports', 'rate_hz', 'duration_s', 'rates', 'window_s',
-             'camera_rate_hz', 'action_interface', 'fastdds_profile', 'robot', 'time_limit_s',
+_ROS_ONLY = ('sizes', 'transports', 'duration_s', 'rates', 'window_s', 'camera_rate_hz',
+             'action_interface', 'fastdds_profile', 'robot', 'time_limit_s',
              'ros_args')  # fmt: skip
 
 
@@ -54,15 +54,16 @@ class BenchError(Pi05Error):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--ros`` and what belongs to it."""
+    """Add ``--ros`` and what belongs to it, and the rate, which means the same without it."""
+    parser.add_argument('--rate-hz', type=_rates, default=(), metavar='HZ,...',
+                        help='control ticks per second: measure calls at these rates, too; '
+                        'with --ros the tick of the node, one (full: 60; tiny: 5)')  # fmt: skip
     group = parser.add_argument_group('the running node, with cameras and a subscriber')
     group.add_argument('--ros', action='store_true', help='measure from camera to action instead')
     group.add_argument('--sizes', type=_sizes, metavar='WxH,...', help='of the camera images '
                        '(full: 640x480; tiny: 224x224,640x480,1280x720)')  # fmt: skip
     group.add_argument('--transports', type=_transports, metavar='NAME,...',
                        help='of raw, compressed (full: raw; tiny: both)')  # fmt: skip
-    group.add_argument('--rate-hz', type=positive, metavar='HZ',
-                       help='control ticks per second (full: 60; tiny: 5)')  # fmt: skip
     for name, default, text in (
         ('duration-s', 10.0, 'how long it acts at --rate-hz'),
         ('window-s', 5.0, 'how long it acts at each of --rates'),
@@ -97,6 +98,9 @@ def check_options(args: argparse.Namespace) -> None:
     if given:
         options = ', '.join(f'--{name.replace("_", "-")}' for name in given)
         raise BenchError(f'{options}: {"not used with" if args.ros else "only used with"} --ros')
+    if args.ros and len(args.rate_hz) > 1:
+        raise BenchError(f'{len(args.rate_hz)} values of --rate-hz: the node of --ros ticks at '
+                         'one rate; list further ones with --rates')  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -209,7 +213,8 @@ class RosBench:
 
     @property
     def _rate_hz(self) -> float:
-        return self.args.rate_hz or (CPU_RATE_HZ if self._is_small else GPU_RATE_HZ)
+        default_hz = CPU_RATE_HZ if self._is_small else GPU_RATE_HZ
+        return self.args.rate_hz[0] if self.args.rate_hz else default_hz
 
     def _keep(self, window: Any) -> None:
         self.windows.append(window)

@@ -77,10 +77,37 @@ def draw_inputs(
 
 
 def time_calls(pipeline: Pipeline, inputs: Inputs, steps: int, calls: int) -> Timing:
-    """Run one observation many times, after a warm-up, and collect the stage times."""
-    for _ in range(min(_WARM_UP_CALLS, calls)):
-        _infer(pipeline, inputs, steps)
-    rows = [_infer(pipeline, inputs, steps) for _ in range(calls)]
+    """Run one observation many times back to back, after a warm-up; collect the stage times."""
+    run_calls(pipeline, inputs, steps, warm_up_calls(calls))
+    return percentiles(run_calls(pipeline, inputs, steps, calls))
+
+
+def warm_up_calls(calls: int) -> int:
+    """Return how many calls come before so many that are measured."""
+    return min(_WARM_UP_CALLS, calls)
+
+
+def run_calls(
+    pipeline: Pipeline,
+    inputs: Inputs,
+    steps: int,
+    calls: int,
+    wait: Callable[[], None] = lambda: None,
+) -> list[StageTimes]:
+    """Run one observation many times.
+
+    Args:
+        wait: called before each call, outside of what is measured.
+    """
+    rows = []
+    for _ in range(calls):
+        wait()
+        rows.append(_infer(pipeline, inputs, steps))
+    return rows
+
+
+def percentiles(rows: Sequence[StageTimes]) -> Timing:
+    """Return the percentiles of every stage, each on its own."""
     names = [name.removesuffix('_ms') for name in rows[0].as_dict()]
     values = np.array([list(row.as_dict().values()) for row in rows])
     found = np.percentile(values, PERCENTILES, axis=0)
@@ -89,7 +116,7 @@ def time_calls(pipeline: Pipeline, inputs: Inputs, steps: int, calls: int) -> Ti
             name: dict(zip(PERCENTILES, found[:, column].tolist(), strict=True))
             for column, name in enumerate(names)
         },
-        calls,
+        len(rows),
     )
 
 

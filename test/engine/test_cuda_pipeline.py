@@ -314,6 +314,21 @@ def test_tuning_of_the_denoise_leaves_the_stage_with_what_it_returns(golden_dir)
     pipeline.close()
 
 
+def test_a_call_leaves_the_callers_stream_current(build):
+    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    expected, own = call(pipeline, inputs), torch.cuda.Stream()
+    with torch.cuda.stream(own):
+        for _ in range(2):
+            assert np.array_equal(call(pipeline, inputs), expected)
+            assert torch.cuda.current_stream() == own
+            with pytest.raises(BackendError):
+                call(pipeline, inputs, 11)
+            assert torch.cuda.current_stream() == own
+            pipeline.rehearse(inputs.images, inputs.tokens, inputs.noise)
+            assert torch.cuda.current_stream() == own
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 def test_calls_outside_the_shape_are_refused(build):
     pipeline, inputs = build(2, 50), make_inputs(2, 50)
     with pytest.raises(BackendError, match='num_steps 11 is outside 1 to 10'):

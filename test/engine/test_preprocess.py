@@ -80,6 +80,15 @@ def test_what_lies_together_is_one_copy(buffers, images, lent, copies):
     assert len(buffers._copies) == copies
 
 
+@pytest.mark.parametrize('lent', [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_images_in_lent_memory_are_sent_before_what_is_staged(buffers, images, lent):
+    given = [lend(buffers, im) if i in lent else im for i, im in enumerate(images)]
+    send(buffers, given)
+    sources = [source.data_ptr() for _, source in buffers._copies]
+    assert sources[: len(lent)] == [given[i].ctypes.data for i in lent]
+    assert_arrived(buffers, images)
+
+
 def test_a_lent_image_after_a_plain_one_and_back(buffers, images):
     other = [255 - image for image in images]
     for given, expected in (

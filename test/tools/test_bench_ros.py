@@ -83,6 +83,7 @@ def test_what_the_time_limit_leaves_out_is_reported(tiny_checkpoint, tmp_path):
     ('options', 'complaint'),
     [
         (['--rates', '20,30'], '--rates: only used with --ros'),
+        (['--ros', '--rate-hz', '20,30'], '2 values of --rate-hz: the node of --ros ticks at'),
         (['--ros', '--views', '3', '--cases'], '--cases, --views: not used with --ros'),
         (['--ros', '--robot', 'r2d2'], "unknown robot 'r2d2'"),
         (['--ros', '--fastdds-profile', 'none'], "transport profile 'none'"),
