@@ -1,7 +1,7 @@
 """Calls at a control rate, for ``pi05-ros bench --rate-hz``, and the GPU's clock and power.
 
 Back to back, calls heat a GPU into its power limit; a robot's calls come once per tick, and in
-between the GPU rests.
+between the GPU rests. Calls are rehearsed a moment before, as the node does it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pi05_ros.engine.pipeline import Pipeline
 from . import measure
 from .measure import Inputs, Timing
 
-_SPIN_NS = 1_000_000
+_AHEAD_NS = 2_000_000  # as the node's rehearsal
 _READINGS = 10
 _CALLS_PER_READING = 10
 
@@ -76,25 +76,25 @@ class Slots:
         self._slot = 0
         self.missed = 0
 
-    def wait(self) -> None:
+    def wait(self, rehearse: Callable[[], object] = lambda: None) -> None:
         """Return at the next slot; one that has passed already is counted, and left out.
 
-        It sleeps until about 1 ms before the slot and spins from there: how late the host wakes up
-        is not measured, nor is the start of a core that was asleep. That a core has done other
-        things, or nothing, since the call before is. Behind a missed slot it only spins.
+        It sleeps until about 2 ms before the slot, rehearses, and spins from there: how late the
+        host wakes up is not measured. Behind a missed slot it only spins.
         """
         may_sleep = True
-        while not self._wait_for_next(may_sleep):
+        while not self._wait_for_next(rehearse if may_sleep else None):
             self.missed += 1
             may_sleep = False  # where sleeps are long, none would ever end in time
 
-    def _wait_for_next(self, may_sleep: bool) -> bool:
-        """Return whether the slot was still ahead, also after a sleep."""
+    def _wait_for_next(self, rehearse: Callable[[], object] | None) -> bool:
+        """Return whether the slot was still ahead, also after a sleep and a rehearsal."""
         self._slot += 1
         due_ns = self._start_ns + round(self._slot * self._period_ns)
         ahead_ns = due_ns - self._now_ns()
-        if may_sleep and ahead_ns > _SPIN_NS:
-            self._sleep_s((ahead_ns - _SPIN_NS) * 1e-9)
+        if rehearse and ahead_ns > _AHEAD_NS:
+            self._sleep_s((ahead_ns - _AHEAD_NS) * 1e-9)
+            rehearse()
             ahead_ns = due_ns - self._now_ns()
         if ahead_ns < 0:
             return False
@@ -185,8 +185,11 @@ def measure_at(
         return AtRate(rate_hz, None, 0, None, refused)
     slots = Slots(rate_hz)
 
+    def rehearse() -> None:
+        pipeline.rehearse(inputs.images, inputs.tokens, inputs.noise, steps)
+
     def run(count: int) -> list[Any]:
-        return measure.run_calls(pipeline, inputs, steps, count, slots.wait)
+        return measure.run_calls(pipeline, inputs, steps, count, lambda: slots.wait(rehearse))
 
     run(measure.warm_up_calls(calls))
     slots.missed = 0
