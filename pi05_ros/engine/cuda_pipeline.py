@@ -241,7 +241,9 @@ class CudaPipeline(Pipeline):
         dtype = getattr(torch, self.precision)
         self._ops = choose_ops(config, self.precision, device)
         num_views = len(shape.view_sizes_px)
-        prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
+        prefill_weights = pack_prefill(
+            state, config, dtype, device, self._ops.order_qkv, self._ops.interleave
+        )
         self._inputs = InputBuffers(config, shape, device)
         self.prefill = PrefillStage(
             prefill_weights,

@@ -63,7 +63,6 @@ class PrefillStage:
         rows = -(-self.buckets[-1] // KEY_ROWS_MULTIPLE) * KEY_ROWS_MULTIPLE
         self.prefix = like.new_zeros(rows, vlm.width)
         self.x = like.new_zeros(rows, vlm.width)
-        self.qkv = like.new_zeros(rows * (vlm.num_heads + 2) * vlm.head_dim)
         self.q = like.new_zeros(rows, vlm.num_heads * vlm.head_dim)
         self.attended = torch.zeros_like(self.q)
         self.scale = torch.zeros(rows, device=like.device)
@@ -97,15 +96,13 @@ class PrefillStage:
         self, index: int, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor | None
     ) -> None:
         """Enqueue the projection, rotation and K/V write of one layer."""
-        rows, features = x.shape[0], weight.shape[0]
-        qkv = self.qkv[: rows * features].view(rows, features)
-        self.ops.linear(x, weight, qkv)
-        self.ops.rope_kv(
-            qkv,
+        self.ops.qkv_rope(
             x,
+            weight,
             self.cos,
             self.sin,
             self.config.rms_norm_eps,
+            self.scale,
             q,
             self.keys[index],
             self.values[index],

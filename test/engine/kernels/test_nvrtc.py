@@ -13,6 +13,7 @@ from pi05_ros.engine.kernels import (
     hopper_gate_up,
     hopper_layout,
     hopper_prefill_attention,
+    hopper_prefill_qkv,
     hopper_vision_attention,
     hopper_vision_product,
 )
@@ -80,6 +81,18 @@ def test_products_of_vision_keep_their_values_in_registers(views, name):
         macros['GELU'] = 1
     source = Path(hopper_vision_product.__file__).with_suffix('.cu')
     _assert_no_spills(_compile(source, macros), kernels=1)
+
+
+@pytest.mark.parametrize('heads', [8, 0])
+@pytest.mark.parametrize('rows', [296, 456, 552, 576, 712, 968, 1536])
+def test_the_projection_of_the_prefill_keeps_its_values_in_registers(rows, heads):
+    vlm = _FULL.vlm
+    features = (heads + 2) * vlm.head_dim
+    tiling = hopper_prefill_qkv.choose_tiling(rows, features, _PROCESSORS)
+    source = Path(hopper_prefill_qkv.__file__).with_suffix('.cu')
+    said = _compile(source, tiling.defines())
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
 
 
 @pytest.mark.parametrize('rows', [128, 192])
