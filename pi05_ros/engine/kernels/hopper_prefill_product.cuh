@@ -91,6 +91,9 @@ __device__ __forceinline__ void end_ring() {
   }
 }
 
+// Whether this is the thread that copies, of those that do not multiply.
+__device__ __forceinline__ bool brings() { return threadIdx.x < kMultiplying + 32 && elected(); }
+
 __device__ __forceinline__ void bring_features(const TensorMap& weight, int column, int feature0,
                                                char* target, u64* arrived) {
 #pragma unroll

@@ -7,8 +7,8 @@
 // (hopper_prefill_qkv.order_qkv). When all products are done, the sums take the ring's place in
 // shared memory, and each thread finishes four neighbouring pairs of a token at a time.
 //
-// x is older than the kernel before this one, which computes s = 1 / rms per row: only who uses s or
-// writes waits for it.
+// x is older than the kernel before this one, which computes s = 1 / rms per row: the products begin
+// before it has completed, only who uses s or writes waits for it.
 #include "hopper_prefill_product.cuh"
 
 constexpr int kDim = 256, kHalf = kDim / 2, kPairs = FEATURES / 2;
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_qkv(
   if (threadIdx.x >= kMultiplying) {
     fewer_registers<40>();
     place.parity = 1;
-    if (threadIdx.x == kMultiplying) bring_tile(x, weight, tile, steps, barriers, place);
+    if (brings()) bring_tile(x, weight, tile, steps, barriers, place);
   } else {
     more_registers<232>();
     int head = tile.feature0 / kDim, heads = features / kDim - 2;
@@ -117,13 +117,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_qkv(
       rotation.fetch(cosines, sines, tile.token0, rows, pair0);
     else
       rotation.none();
-    wait_for_previous();
-    if (threadIdx.x < TOKENS && tile.token0 + threadIdx.x < rows)
-      own_scales[threadIdx.x] = scales[tile.token0 + threadIdx.x];
     Sums sums;
     multiply_tile(sums, steps, barriers, place);
+    wait_for_previous();
+    bool has_scale = threadIdx.x < TOKENS && tile.token0 + threadIdx.x < rows;
+    float scale = has_scale ? scales[tile.token0 + threadIdx.x] : 0.f;
     named_barrier(1, kMultiplying);  // all of the ring is read
     keep(sums);
+    if (threadIdx.x < TOKENS) own_scales[threadIdx.x] = scale;
     named_barrier(1, kMultiplying);
     bf16* out = head < heads ? q + head * kDim : head == heads ? keys : values;
     int stride = head < heads ? heads * kDim : kDim;

@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .gate_up import launch_row_scale
+from .hopper_prefill_product import (
+    DEPTH,
+    MAX_TOKENS,
+    THREADS,
+    Tiling,
+    pairs_or_none,
+    tokens_of_tile,
+)
 from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_prefill_qkv.cu')
 _DIM = 256
-_FEATURES, _DEPTH = 128, 64  # of a tile, and of a step along K
-_THREADS = 384
-_MIN_TOKENS, _MAX_TOKENS = 24, 256  # of a tile
-_RING_BYTES = 224 * 1024  # of the 227 KB that a block may have; barriers and scales are beside it
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Tokens of a tile, and how many blocks with different tokens share their weights."""
-
-    tokens: int
-    cluster: int
-
-    def defines(self) -> dict[str, int]:
-        """Return the macros that the source is compiled with."""
-        return {
-            'FEATURES': _FEATURES, 'TOKENS': self.tokens, 'CLUSTER': self.cluster,
-            'STAGES': self._stages(),
-        }  # fmt: skip
-
-    def shared_bytes(self) -> int:
-        """Return the shared memory of a block: its ring, with room to begin at 1024 bytes."""
-        return self._stages() * self._stage_bytes() + 1024
-
-    def blocks(self, rows: int, features: int) -> int:
-        """Return the grid: one block per tile, in whole clusters."""
-        return -(-rows // (self.tokens * self.cluster)) * self.cluster * (features // _FEATURES)
-
-    def box_rows(self) -> int:
-        """Return how many rows of the weight are copied at once."""
-        return _FEATURES // (8 if self.cluster == 3 else self.cluster)
-
-    def _stage_bytes(self) -> int:
-        return (_FEATURES + self.tokens) * _DEPTH * 2
-
-    def _stages(self) -> int:
-        return _RING_BYTES // self._stage_bytes()
+_FEATURES = 128  # of a tile
 
 
 def prefill_qkv_misfit(head_dim: int, width: int) -> str | None:
     """Return why the kernel cannot take a layer's q, k and v, or None if it can."""
-    if head_dim != _DIM or width % _DEPTH:
+    if head_dim != _DIM or width % DEPTH:
         return (
             f'q, k and v need heads of {_DIM} columns, not {head_dim}, and a width that is a '
-            f'multiple of {_DEPTH}, not {width}'
+            f'multiple of {DEPTH}, not {width}'
         )
     return None
 
@@ -68,16 +39,12 @@ def choose_tiling(rows: int, features: int, processors: int) -> Tiling:
     Where none does, it is that of the fewest turns. An even number of neighbouring tiles of tokens
     forms clusters of two.
     """
-    feature_tiles = features // _FEATURES
-    turns = 1
-    while (tokens := _tokens(rows, max(turns * processors // feature_tiles, 1))) > _MAX_TOKENS:
+    feature_tiles, turns = features // _FEATURES, 1
+    while True:
+        tokens = tokens_of_tile(rows, max(turns * processors // feature_tiles, 1))
+        if tokens <= MAX_TOKENS:
+            return Tiling(_FEATURES, tokens, pairs_or_none(rows, tokens))
         turns += 1
-    return Tiling(tokens, 2 if -(-rows // tokens) % 2 == 0 else 1)
-
-
-def _tokens(rows: int, tiles: int) -> int:
-    """Return the tokens of each of so many tiles: a multiple of 8."""
-    return max(-(-rows // (tiles * 8)) * 8, _MIN_TOKENS)
 
 
 def order_qkv(weight: Tensor) -> Tensor:
@@ -117,11 +84,12 @@ class HopperPrefillQkv:
         """
         (rows, depth), features = x.shape, weight.shape[0]
         tiling = tiling or choose_tiling(rows, features, self._processors)
+        blocks = tiling.units(rows, features) * tiling.cluster
         launch_row_scale(x, eps, scale, early_next=True)
-        self._kernel(tiling, tiling.blocks(rows, features)).launch(
+        self._kernel(tiling, blocks).launch(
             (
-                TensorTiles(x, tiling.tokens, _DEPTH),
-                TensorTiles(weight, tiling.box_rows(), _DEPTH),
+                TensorTiles(x, tiling.tokens, DEPTH),
+                TensorTiles(weight, tiling.box_rows(), DEPTH),
                 scale, cos, sin, keys if q is None else q, keys, values, rows, features, depth,
             ),
             early=True,
@@ -133,7 +101,7 @@ class HopperPrefillQkv:
             macros = tuple(tiling.defines().items())
             module = compile_module(_SOURCE, macros, self._device)
             kernel = CudaKernel(
-                module, 'prefill_qkv', blocks, _THREADS, tiling.shared_bytes(), tiling.cluster
+                module, 'prefill_qkv', blocks, THREADS, tiling.shared_bytes(), tiling.cluster
             )
             self._kernels[tiling, blocks] = kernel
         return kernel

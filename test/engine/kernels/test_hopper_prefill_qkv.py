@@ -11,8 +11,8 @@ from cuda_on_cpu import CpuModule, TensorMap
 
 from pi05_ros.engine.kernels import hopper_prefill_qkv
 from pi05_ros.engine.kernels.gate_up import row_scale_plain
+from pi05_ros.engine.kernels.hopper_prefill_product import THREADS, Tiling
 from pi05_ros.engine.kernels.hopper_prefill_qkv import (
-    Tiling,
     choose_tiling,
     order_qkv,
     prefill_qkv_misfit,
@@ -66,12 +66,12 @@ def _assert_close(found: list[torch.Tensor], twin: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ('tiling', 'rows', 'heads', 'depth'),
     [
-        (Tiling(24, 1), 50, 1, 1024),
-        (Tiling(40, 2), 70, 1, 832),
-        (Tiling(56, 3), 150, 1, 448),
-        (Tiling(72, 1), 72, 2, 64),
-        (Tiling(120, 2), 130, 0, 576),
-        (Tiling(256, 1), 7, 0, 320),
+        (Tiling(128, 24, 1), 50, 1, 1024),
+        (Tiling(128, 40, 2), 70, 1, 832),
+        (Tiling(128, 56, 3), 150, 1, 448),
+        (Tiling(128, 72, 1), 72, 2, 64),
+        (Tiling(128, 120, 2), 130, 0, 576),
+        (Tiling(128, 256, 1), 7, 0, 320),
     ],
     ids=str,
 )
@@ -82,7 +82,7 @@ def test_projection_and_rotation_match_their_twin(tmp_path_factory, tiling, rows
     weight, scale = order_qkv(drawn.weight), row_scale_plain(drawn.x, _EPS)[:, 0].contiguous()
     q, keys, values = room = drawn.room()
     kernels.launch(
-        'prefill_qkv', tiling.blocks(rows, len(weight)), 384, tiling.cluster,
+        'prefill_qkv', tiling.units(rows, len(weight)) * tiling.cluster, THREADS, tiling.cluster,
         TensorMap(drawn.x, tiling.tokens), TensorMap(weight, tiling.box_rows()),
         scale, *drawn.tables, q, keys, values, rows, len(weight), depth,
     )  # fmt: skip
@@ -121,15 +121,18 @@ def test_projection_and_rotation_match_their_twin_at_full_size(rows, heads):
 @pytest.mark.parametrize(
     ('rows', 'features', 'tiling'),
     [
-        (552, 2560, Tiling(96, 2)), (576, 2560, Tiling(96, 2)), (712, 2560, Tiling(120, 2)),
-        (968, 2560, Tiling(168, 2)), (296, 2560, Tiling(56, 2)), (576, 512, Tiling(24, 2)),
-        (712, 512, Tiling(24, 2)), (968, 512, Tiling(32, 1)), (8, 512, Tiling(24, 1)),
+        (552, 2560, Tiling(128, 96, 2)), (576, 2560, Tiling(128, 96, 2)),
+        (712, 2560, Tiling(128, 120, 2)),
+        (968, 2560, Tiling(128, 168, 2)), (296, 2560, Tiling(128, 56, 2)),
+        (576, 512, Tiling(128, 24, 2)),
+        (712, 512, Tiling(128, 24, 2)), (968, 512, Tiling(128, 32, 1)),
+        (8, 512, Tiling(128, 24, 1)),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_prefix_of_the_released_model_takes_one_turn(rows, features, tiling):
     assert choose_tiling(rows, features, _H200_PROCESSORS) == tiling
-    assert tiling.blocks(rows, features) <= _H200_PROCESSORS
+    assert tiling.units(rows, features) * tiling.cluster <= _H200_PROCESSORS
 
 
 @pytest.mark.parametrize('processors', [16, 78, 114, 132])
@@ -138,10 +141,8 @@ def test_a_prefix_of_the_released_model_takes_one_turn(rows, features, tiling):
 def test_any_prefix_and_gpu_has_a_tiling_that_fits(rows, features, processors):
     tiling = choose_tiling(rows, features, processors)
     assert tiling.tokens % 8 == 0 and 24 <= tiling.tokens <= 256
-    assert tiling.blocks(rows, features) % tiling.cluster == 0
-    defines = tiling.defines()
-    assert defines['STAGES'] >= 4
-    barriers_and_scales = 16 * defines['STAGES'] + 4 * tiling.tokens
+    assert tiling.stages >= 4
+    barriers_and_scales = 16 * tiling.stages + 4 * tiling.tokens
     assert tiling.shared_bytes() + barriers_and_scales <= 227 * 1024
 
 
