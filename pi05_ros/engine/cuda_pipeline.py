@@ -189,7 +189,7 @@ class CudaPipeline(Pipeline):
         self.prefill.launch(rows)
 
     def tune(self) -> tuple[TunedChoices, list[TunedKernel]]:
-        """Time the kernels of vision and of every prefill length; see :mod:`.autotune`.
+        """Time the kernels of vision and of prefills of many lengths; see :mod:`.autotune`.
 
         Raises:
             BackendError: the pipeline runs in float32, which has nothing to choose.
@@ -197,7 +197,7 @@ class CudaPipeline(Pipeline):
         if not isinstance(self._ops, FusedOps):
             raise BackendError(f'{self.precision} runs plain PyTorch: there is nothing to tune')
         launches = [self.vision.launch]
-        launches += [partial(self.prefill.launch, rows) for rows in self.prefill.buckets]
+        launches += [partial(self.prefill.launch, rows) for rows in self.prefill.tuned_buckets]
         with torch.cuda.device(self.device), torch.inference_mode():
             return tune(self._ops, launches, self._stream)
 

@@ -16,7 +16,7 @@ from .kernels import cublaslt, folded_norm, gate_up, norms, prefill_attention, p
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
 from .kernels.folded_norm import NormedLinear, RowMoments
-from .tuning import TunedChoices
+from .tuning import TunedChoices, tuned_rows
 
 Tensor = torch.Tensor
 
@@ -202,8 +202,9 @@ class FusedOps:
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
     ) -> None:
         """Run the kernel with this GPU's block sizes."""
-        key = f'prefill_attention-{q.shape[0]}'
-        launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
+        launch = prefill_attention.default_launch(q.device)
+        for rows in (tuned_rows(q.shape[0]), q.shape[0]):
+            launch = self.choices.kernel(f'prefill_attention-{rows}', launch)
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 
     def qkv_rope(
