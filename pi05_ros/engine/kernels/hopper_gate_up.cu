@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) gate_up(
     place.parity = 1;
     if (brings())
       for (int unit = tiles.first(); unit < tiles.units; unit += tiles.stride())
-        bring_tile(x, weight, tiles.tile(unit), steps, barriers, place);
+        bring_tile(x, weight, tiles.tile(unit), 0, steps, barriers, place);
   } else {
     more_registers<232>();
     wait_for_previous();

@@ -108,17 +108,23 @@ __device__ __forceinline__ void bring_features(const TensorMap& weight, int colu
   }
 }
 
-// Bring all of K of a tile. A new ring's place has the parity 1: everything is free.
+__device__ __forceinline__ void bring_tokens(const TensorMap& x, int column, int token0,
+                                             char* target, u64* arrived) {
+  load_tile(target + kWeightBytes, &x, column, token0, arrived);
+}
+
+// Bring the columns of a tile from the step `begin` on. A new ring's place has the parity 1:
+// everything is free.
 __device__ __forceinline__ void bring_tile(const TensorMap& x, const TensorMap& weight,
-                                           const Tile& tile, int steps, Barriers& barriers,
-                                           Place& place) {
-  for (int step = 0; step < steps; step++, place.advance()) {
+                                           const Tile& tile, int begin, int end,
+                                           Barriers& barriers, Place& place) {
+  for (int step = begin; step < end; step++, place.advance()) {
     u64* arrived = barriers.full + place.stage;
     char* target = stage_memory(place.stage);
     barrier_wait(barriers.empty + place.stage, place.parity);
     barrier_expect(arrived, kStageBytes);
     bring_features(weight, step * kDepth, tile.feature0, target, arrived);
-    load_tile(target + kWeightBytes, &x, step * kDepth, tile.token0, arrived);
+    bring_tokens(x, step * kDepth, tile.token0, target, arrived);
   }
 }
 
@@ -129,14 +135,23 @@ struct Sums {
   float acc[kParts][TOKENS / 2];
 };
 
+// Says that this warp has read a stage.
+__device__ __forceinline__ void give_back(Barriers& barriers, int stage) {
+  int lane = threadIdx.x % 32;
+  if (CLUSTER == 1 && lane == 0) barrier_arrive(barriers.empty + stage);
+  if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive(barriers.empty + stage, lane);
+}
+
 __device__ __forceinline__ void multiply_tile(Sums& sums, int steps, Barriers& barriers,
                                               Place& place) {
   // The shuffle tells the compiler that the threads of a warp agree.
-  int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 #pragma unroll
-  for (int part = 0; part < kParts; part++)
+  for (int part = 0; part < kParts; part++) {
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) sums.acc[part][i] = 0.f;
+    keep_order(sums.acc[part]);  // zeros set between products make these wait for each other
+  }
   int last = -1;  // the stage whose products may not be complete
   for (int step = 0; step < steps; step++, place.advance()) {
     barrier_wait(barriers.full + place.stage, place.parity);
@@ -151,13 +166,13 @@ __device__ __forceinline__ void multiply_tile(Sums& sums, int steps, Barriers& b
         wgmma<TOKENS>(sums.acc[part], a + part * (64 * 128 / 16) + k * 2, b + k * 2);
     wgmma_commit();
     wgmma_wait<1>();
-    if (last >= 0 && lane < CLUSTER) barrier_arrive(barriers.empty + last, lane);
+    if (last >= 0) give_back(barriers, last);
     last = place.stage;
   }
   wgmma_wait<0>();
 #pragma unroll
   for (int part = 0; part < kParts; part++) keep_order(sums.acc[part]);
-  if (lane < CLUSTER) barrier_arrive(barriers.empty + last, lane);
+  give_back(barriers, last);
 }
 
 #endif

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_qkv(
   if (threadIdx.x >= kMultiplying) {
     fewer_registers<40>();
     place.parity = 1;
-    if (brings()) bring_tile(x, weight, tile, steps, barriers, place);
+    if (brings()) bring_tile(x, weight, tile, 0, steps, barriers, place);
   } else {
     more_registers<232>();
     int head = tile.feature0 / kDim, heads = features / kDim - 2;
