@@ -13,6 +13,7 @@ from pi05_ros.engine.kernels import (
     hopper_gate_up,
     hopper_layout,
     hopper_prefill_attention,
+    hopper_prefill_down,
     hopper_prefill_qkv,
     hopper_vision_attention,
     hopper_vision_product,
@@ -100,6 +101,16 @@ def test_gate_and_up_of_the_prefill_keep_their_values_in_registers(rows):
     vlm = _FULL.vlm
     tiling = hopper_gate_up.choose_tiling(rows, 2 * vlm.mlp_dim, vlm.width, _PROCESSORS)
     source = Path(hopper_gate_up.__file__).with_suffix('.cu')
+    said = _compile(source, tiling.defines())
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
+
+
+@pytest.mark.parametrize('rows', [296, 456, 552, 712, 968])
+def test_the_down_projection_of_the_prefill_keeps_its_values_in_registers(rows):
+    vlm = _FULL.vlm
+    tiling = hopper_prefill_down.choose_tiling(rows, vlm.width, vlm.mlp_dim, _PROCESSORS)
+    source = Path(hopper_prefill_down.__file__).with_suffix('.cu')
     said = _compile(source, tiling.defines())
     _assert_no_spills(said, kernels=1)
     assert 'serialized' not in said
