@@ -21,7 +21,7 @@ from .ops import FusedOps
 from .tuning import TunedChoices
 
 _FINALISTS = 4
-# A challenger must be this much faster than the default to be stored: less is noise.
+# A challenger must be this much faster than the default to be preferred: less is noise.
 _MIN_GAIN = 0.01
 _QUICK_CALLS = 6
 
@@ -91,8 +91,7 @@ def tune(
         relatives = [s for s in recording.linears if replace(s, rows=signature.rows) == signature]
         algorithm, result = _tune_linear(ops, signature, relatives, calls, stream)
         results.append(result)
-        if algorithm is not None:
-            algorithms[signature.key] = algorithm
+        algorithms[signature.key] = algorithm
     for key, (name, arguments) in recording.kernels.items():
         launch_settings, result = _tune_kernel(key, name, arguments, stream)
         results.append(result)
@@ -171,7 +170,8 @@ def _tune_linear(
     relatives: Sequence[LinearSignature],
     calls: Sequence[LinearCall],
     stream: torch.cuda.Stream,
-) -> tuple[str | None, TunedKernel]:
+) -> tuple[str, TunedKernel]:
+    """Return the algorithm to store; that may be the first guess, which others take as well."""
     scratch = torch.empty_like(calls[0].out)
     calls = calls[:_QUICK_CALLS]
 
@@ -195,7 +195,7 @@ def _tune_linear(
     best = _winner(times)
     ops.gemm.use(signature, candidates[best])
     result = TunedKernel(signature.key, times[0], times[best], len(candidates))
-    return (candidates[best] if best else None), result
+    return candidates[best], result
 
 
 def _tune_kernel(

@@ -190,7 +190,7 @@ class CudaPipeline(Pipeline):
         self.prefill.launch(rows)
 
     def tune(self) -> tuple[TunedChoices, list[TunedKernel]]:
-        """Time the kernels of vision and of every prefill length; see :mod:`.autotune`.
+        """Time the kernels of vision and of prefills of many lengths; see :mod:`.autotune`.
 
         Raises:
             BackendError: the pipeline runs in float32, which has nothing to choose.
@@ -198,7 +198,7 @@ class CudaPipeline(Pipeline):
         if not isinstance(self._ops, FusedOps):
             raise BackendError(f'{self.precision} runs plain PyTorch: there is nothing to tune')
         launches = [self.vision.launch]
-        launches += [partial(self.prefill.launch, rows) for rows in self.prefill.buckets]
+        launches += [partial(self.prefill.launch, rows) for rows in self.prefill.tuned_buckets]
         with torch.cuda.device(self.device), torch.inference_mode():
             return tune(self._ops, launches, self._stream)
 
@@ -242,7 +242,9 @@ class CudaPipeline(Pipeline):
         dtype = getattr(torch, self.precision)
         self._ops = choose_ops(config, self.precision, device)
         num_views = len(shape.view_sizes_px)
-        prefill_weights = pack_prefill(state, config, dtype, device, self._ops.interleave)
+        prefill_weights = pack_prefill(
+            state, config, dtype, device, self._ops.order_qkv, self._ops.interleave
+        )
         self._inputs = InputBuffers(config, shape, device)
         self.prefill = PrefillStage(
             prefill_weights,

@@ -10,10 +10,11 @@ from torch import Tensor
 from pi05_ros.model.config import GemmaConfig, Pi05Config, VisionConfig
 
 from .chips import chip_of
-from .kernels import folded_norm, hopper_gate_up, rope
+from .kernels import folded_norm, hopper_gate_up
 from .kernels.folded_norm import NormedLinear, RowMoments
 from .kernels.hopper_gate_up import HopperGateUp, gate_up_misfit
 from .kernels.hopper_prefill_attention import HopperPrefillAttention, prefill_attention_misfit
+from .kernels.hopper_prefill_qkv import HopperPrefillQkv, order_qkv, prefill_qkv_misfit
 from .kernels.hopper_vision_attention import HopperVisionAttention, vision_attention_misfit
 from .kernels.hopper_vision_product import HopperVisionProduct, order_features
 from .kernels.nvrtc import has_bindings
@@ -50,11 +51,15 @@ def hopper_ops_obstacle(vlm: GemmaConfig, device: torch.device) -> str | None:
     """Return why :class:`HopperOps` cannot run a language model, or None if they can."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f'{device} is no Hopper GPU'
-    return gate_up_misfit(vlm.mlp_dim, vlm.width) or prefill_attention_misfit(vlm.head_dim)
+    return (
+        gate_up_misfit(vlm.mlp_dim, vlm.width)
+        or prefill_qkv_misfit(vlm.head_dim, vlm.width)
+        or prefill_attention_misfit(vlm.head_dim)
+    )
 
 
 class HopperOps(FusedOps):
-    """Products of vision, gate and up, and the attentions of both by warpgroup instructions.
+    """Products of vision, q, k, v, gate and up, and both attentions by warpgroup instructions.
 
     A vision of other sizes than the released model's runs the attention for any GPU.
 
@@ -65,11 +70,13 @@ class HopperOps(FusedOps):
     backend = 'cuda-hopper'
     early_vision_attention = True
 
+    order_qkv = staticmethod(order_qkv)
     interleave = staticmethod(hopper_gate_up.interleave)
     order_features = staticmethod(order_features)
 
     def __init__(self, device: torch.device, choices: TunedChoices, vision: VisionConfig) -> None:
         super().__init__(device, choices)
+        self._qkv = HopperPrefillQkv(device)
         self._gate_up = HopperGateUp(device)
         self._prefill_attention = HopperPrefillAttention(device)
         self._vision_product = HopperVisionProduct(device)
@@ -88,12 +95,12 @@ class HopperOps(FusedOps):
         else:
             self._vision_attention(qkv, num_heads, out)
 
-    def rope_kv(
-        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
-        keys: Tensor, values: Tensor,
+    def qkv_rope(
+        self, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: Tensor,
+        q: Tensor | None, keys: Tensor, values: Tensor,
     ) -> None:  # fmt: skip
-        """Let the attention begin early."""
-        rope.rope_kv(qkv, x, cos, sin, eps, q, keys, values, early_next=True)
+        """Run the kernel in CUDA C++."""
+        self._qkv(x, weight, cos, sin, eps, scale, q, keys, values)
 
     def prefill_attention(
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor

@@ -16,7 +16,7 @@ from .kernels import cublaslt, folded_norm, gate_up, norms, prefill_attention, p
 from .kernels import vision_attention as vision
 from .kernels.device import shared_memory_bytes
 from .kernels.folded_norm import NormedLinear, RowMoments
-from .tuning import TunedChoices
+from .tuning import TunedChoices, tuned_rows
 
 Tensor = torch.Tensor
 
@@ -70,18 +70,22 @@ class Ops(Protocol):
     ) -> None:
         """See :func:`pi05_ros.engine.kernels.prompt.embed_prompt`."""
 
-    def rope_kv(
+    def order_qkv(self, weight: Tensor) -> Tensor:
+        """Return the weight of ``qkv_rope``: its rows are q, k and v, head after head."""
+
+    def qkv_rope(
         self,
-        qkv: Tensor,
         x: Tensor,
+        weight: Tensor,
         cos: Tensor,
         sin: Tensor,
         eps: float,
+        scale: Tensor,
         q: Tensor | None,
         keys: Tensor,
         values: Tensor,
     ) -> None:
-        """See :func:`pi05_ros.engine.kernels.rope.rope_kv`."""
+        """See :func:`pi05_ros.engine.kernels.rope.qkv_rope_plain`."""
 
     def prefill_attention(
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
@@ -135,7 +139,8 @@ class PlainOps:
     layer_norm = staticmethod(norms.layer_norm_plain)
     vision_attention = staticmethod(vision.vision_attention_plain)
     embed_prompt = staticmethod(prompt.embed_prompt_plain)
-    rope_kv = staticmethod(rope.rope_kv_plain)
+    order_qkv = staticmethod(rope.order_qkv_plain)
+    qkv_rope = staticmethod(rope.qkv_rope_plain)
     prefill_attention = staticmethod(prefill_attention.prefill_attention_plain)
     interleave = staticmethod(gate_up.interleave)
     gate_up = staticmethod(gate_up.gate_up_plain)
@@ -166,6 +171,7 @@ class FusedOps:
     resize_to_patches = staticmethod(resize.resize_to_patches)
     layer_norm = staticmethod(norms.layer_norm)
     embed_prompt = staticmethod(prompt.embed_prompt)
+    order_qkv = staticmethod(rope.order_qkv_plain)
     interleave = staticmethod(gate_up.interleave)
 
     def __init__(self, device: torch.device, choices: TunedChoices) -> None:
@@ -196,16 +202,19 @@ class FusedOps:
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
     ) -> None:
         """Run the kernel with this GPU's block sizes."""
-        key = f'prefill_attention-{q.shape[0]}'
-        launch = self.choices.kernel(key, prefill_attention.default_launch(q.device))
+        launch = prefill_attention.default_launch(q.device)
+        for rows in (tuned_rows(q.shape[0]), q.shape[0]):
+            launch = self.choices.kernel(f'prefill_attention-{rows}', launch)
         prefill_attention.prefill_attention(q, keys, values, count, scale, out, launch)
 
-    def rope_kv(
-        self, qkv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, eps: float, q: Tensor | None,
-        keys: Tensor, values: Tensor,
+    def qkv_rope(
+        self, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: Tensor,
+        q: Tensor | None, keys: Tensor, values: Tensor,
     ) -> None:  # fmt: skip
-        """Run the kernel, which has nothing to choose."""
-        rope.rope_kv(qkv, x, cos, sin, eps, q, keys, values)
+        """Project, then scale and rotate; ``scale`` is not needed."""
+        projected = x.new_empty(x.shape[0], weight.shape[0])
+        self.linear(x, weight, projected)
+        rope.rope_kv(projected, x, cos, sin, eps, q, keys, values)
 
     def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
         """Run the kernel with the block sizes that fit this GPU."""

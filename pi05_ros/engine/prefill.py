@@ -13,17 +13,18 @@ from pi05_ros.model.config import Pi05Config
 from .kernels.prefill_attention import KEY_ROWS_MULTIPLE
 from .kernels.rope import half_tables
 from .ops import Ops
+from .tuning import tuned_rows
 from .weights import PrefillLayer, PrefillWeights
 
-# GEMM time grows in steps of the tile; finer buckets than this cost graphs and gain nothing.
-BUCKET_TOKENS = 32
+# Tiles of the products have a multiple of 8 tokens on Hopper GPUs: finer buckets gain nothing.
+BUCKET_TOKENS = 8
 
 
 def bucket_rows(num_image_rows: int, max_prompt_tokens: int) -> tuple[int, ...]:
     """Return the row counts for which a prefill is captured, ascending; the last is the longest.
 
-    Counts lie at multiples of :data:`BUCKET_TOKENS`, where GEMM tiles end, not at multiples of
-    the prompt length.
+    Counts lie at multiples of :data:`BUCKET_TOKENS`, where tiles end, not at multiples of the
+    prompt length.
     """
     longest = num_image_rows + max_prompt_tokens
     first = -(-(num_image_rows + 1) // BUCKET_TOKENS) * BUCKET_TOKENS
@@ -63,7 +64,6 @@ class PrefillStage:
         rows = -(-self.buckets[-1] // KEY_ROWS_MULTIPLE) * KEY_ROWS_MULTIPLE
         self.prefix = like.new_zeros(rows, vlm.width)
         self.x = like.new_zeros(rows, vlm.width)
-        self.qkv = like.new_zeros(rows * (vlm.num_heads + 2) * vlm.head_dim)
         self.q = like.new_zeros(rows, vlm.num_heads * vlm.head_dim)
         self.attended = torch.zeros_like(self.q)
         self.scale = torch.zeros(rows, device=like.device)
@@ -73,6 +73,12 @@ class PrefillStage:
         self.tokens = tokens
         self.num_tokens, self.num_prefix = lengths[:1], lengths[1:2]
         self.cos, self.sin = half_tables(vlm, rows, like.dtype, like.device)
+
+    @property
+    def tuned_buckets(self) -> tuple[int, ...]:
+        """Return the row counts whose operations are timed; the others take the next one's."""
+        longest = self.buckets[-1]
+        return tuple(rows for rows in self.buckets if rows in (tuned_rows(rows), longest))
 
     def bucket(self, num_tokens: int) -> int:
         """Return the rows of the smallest captured prefill that holds a prompt."""
@@ -97,15 +103,13 @@ class PrefillStage:
         self, index: int, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor | None
     ) -> None:
         """Enqueue the projection, rotation and K/V write of one layer."""
-        rows, features = x.shape[0], weight.shape[0]
-        qkv = self.qkv[: rows * features].view(rows, features)
-        self.ops.linear(x, weight, qkv)
-        self.ops.rope_kv(
-            qkv,
+        self.ops.qkv_rope(
             x,
+            weight,
             self.cos,
             self.sin,
             self.config.rms_norm_eps,
+            self.scale,
             q,
             self.keys[index],
             self.values[index],

@@ -22,6 +22,8 @@ from .chips import Chip, shipped_files, user_path
 from .pipeline import BackendError
 
 FORMAT = 1
+# Prefixes are timed at multiples of so many rows; those between take the choice of the next one.
+TUNED_ROWS = 32
 _ALGORITHM = re.compile(r'[0-9a-f]{128}')  # cublasLtMatmulAlgo_t, 64 bytes
 _MAX_LAUNCH = 4096  # of a block size or a count of warps
 
@@ -75,6 +77,11 @@ class TunedChoices:
             'kernels': {key: dict(value) for key, value in sorted(self.kernels.items())},
         }
         path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+
+
+def tuned_rows(rows: int) -> int:
+    """Return the number of rows, at least ``rows``, that is timed for prefixes like it."""
+    return -(-rows // TUNED_ROWS) * TUNED_ROWS
 
 
 def load_choices(gpu: str, chip: Chip) -> TunedChoices:

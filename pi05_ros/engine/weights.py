@@ -99,7 +99,7 @@ class FoldedVisionWeights(PatchWeights):
 class PrefillLayer:
     """One language-model layer, with the norms' (1 + w) in ``qkv`` and ``gate_up``."""
 
-    qkv: torch.Tensor  # ((heads + 2) * D, W)
+    qkv: torch.Tensor  # ((heads + 2) * D, W), rows as Ops.order_qkv puts them
     out: torch.Tensor  # (W, heads * D)
     gate_up: torch.Tensor  # (2 F, W), gate and up rows as Ops.interleave puts them
     down: torch.Tensor  # (W, F)
@@ -109,7 +109,8 @@ class PrefillLayer:
 class PrefillWeights:
     """Token embedding (vocabulary, W) and the layers.
 
-    The last layer only fills the cache: all that is left of it is k and v, (2 * D, W).
+    The last layer only fills the cache: all that is left of it is k and v, (2 * D, W), in the
+    same order as ``qkv``.
     """
 
     embedding: torch.Tensor
@@ -254,11 +255,13 @@ def _pack_patches(take: _Taker, config: Pi05Config) -> tuple[torch.Tensor, torch
 
 def pack_prefill(
     state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device,
+    order_qkv: Callable[[torch.Tensor], torch.Tensor],
     interleave: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> PrefillWeights:  # fmt: skip
     """Take the language model out of ``state``; what inference never reads is dropped.
 
     Args:
+        order_qkv: puts the rows of q, k and v as the kernels read them.
         interleave: makes one weight of gate and up, as the kernels read it.
     """
     take = _Taker(state, dtype, device)
@@ -268,9 +271,10 @@ def pack_prefill(
         norm1 = take.fp32(prefix + 'input_layernorm.weight')
         norm2 = take.fp32(prefix + 'post_attention_layernorm.weight')
         attention, mlp = prefix + 'self_attn.', prefix + 'mlp.'
+        qkv = torch.cat(take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1))
         layers.append(
             PrefillLayer(
-                qkv=torch.cat(take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1)),
+                qkv=order_qkv(qkv),
                 out=take.tensor(attention + 'o_proj.weight'),
                 gate_up=interleave(*take.folded(mlp, ('gate_proj', 'up_proj'), norm2)),
                 down=take.tensor(mlp + 'down_proj.weight'),
@@ -282,4 +286,4 @@ def pack_prefill(
     embedding = take.tensor(next(name for name in _EMBEDDINGS if name in state))
     for left in [name for name in state if name.startswith((_LANGUAGE, *_EMBEDDINGS))]:
         del state[left]
-    return PrefillWeights(embedding, tuple(layers), last_kv)
+    return PrefillWeights(embedding, tuple(layers), order_qkv(last_kv))

@@ -84,7 +84,8 @@ class _Recorder:
 )
 def test_a_vision_of_other_heads_runs_the_attention_for_any_gpu(monkeypatch, caplog, vision, fits):
     for name in (
-        'HopperGateUp', 'HopperPrefillAttention', 'HopperVisionProduct', 'HopperVisionAttention',
+        'HopperGateUp', 'HopperPrefillQkv', 'HopperPrefillAttention', 'HopperVisionProduct',
+        'HopperVisionAttention',
     ):  # fmt: skip
         monkeypatch.setattr(hopper_ops, name, _Recorder)
     any_gpu = []

@@ -87,9 +87,14 @@ def test_every_prompt_length_has_a_bucket_just_above_it():
     assert buckets[-1] == 712 and list(buckets) == sorted(set(buckets))
     for tokens in range(1, 201):
         rows = next(rows for rows in buckets if rows >= 512 + tokens)
-        assert rows - 512 - tokens < 32
+        assert rows - 512 - tokens < 8
 
 
-@pytest.mark.parametrize('longest', [1, 31, 32, 33, 64])
+def test_only_some_prefix_lengths_are_timed(make):
+    timed = make([(224, 224)] * 2, longest=100).prefill.tuned_buckets
+    assert timed == (544, 576, 608, 612)
+
+
+@pytest.mark.parametrize('longest', [1, 7, 8, 9, 64])
 def test_buckets_end_at_the_longest_prompt(longest):
     assert bucket_rows(256, longest)[-1] == 256 + longest

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from pi05_ros.engine import chips, tuning
 from pi05_ros.engine.chips import Chip
+from pi05_ros.engine.kernels import prefill_attention
+from pi05_ros.engine.kernels.cublaslt import LinearSignature, stored_algorithm
+from pi05_ros.engine.ops import FusedOps
 from pi05_ros.engine.pipeline import BackendError
 from pi05_ros.engine.tuning import TunedChoices
 
@@ -41,6 +45,40 @@ def test_what_was_saved_is_loaded(cache):
 def test_an_algorithm_of_another_library_version_is_ignored():
     """The library only accepts what the same version gave."""
     assert TunedChoices(GPU, 13, {'a': '00ff'}).algorithm('a', 14) is None
+
+
+def test_rows_that_are_not_timed_take_the_choice_of_the_next_ones():
+    def found(rows: int, **other: bool) -> str | None:
+        fixed = {'bias': False, 'gelu': False, 'residual': True, **other}
+        signature = LinearSignature(rows, 2048, 16384, 'bfloat16', 'bfloat16', **fixed)
+        return stored_algorithm(choices, signature, 13)
+
+    stored = {f'{rows}x16384-2048-bfloat16-residual': f'{rows}' for rows in (576, 600, 640)}
+    choices = TunedChoices(GPU, 13, stored)
+    assert [found(rows) for rows in (552, 576, 600, 616, 640)] == [
+        '576',
+        '576',
+        '600',
+        '640',
+        '640',
+    ]
+    assert found(544) is None and found(648) is None and found(552, residual=False) is None
+
+
+def test_attention_takes_the_launch_of_the_next_rows_that_are_timed(monkeypatch):
+    launches = []
+    monkeypatch.setattr(
+        prefill_attention, 'prefill_attention', lambda *a: launches.append(a[-1]['warps'])
+    )
+    monkeypatch.setattr(FusedOps, '__init__', lambda self: None)
+    ops = FusedOps()
+    kernels = {'prefill_attention-576': {'warps': 16}, 'prefill_attention-560': {'warps': 2}}
+    ops.choices = TunedChoices(GPU, kernels=kernels)
+    for rows in (552, 560, 576, 584):
+        q = torch.zeros(rows, 8)
+        ops.prefill_attention(q, q, q, torch.tensor([rows]), 1.0, q)
+    default = prefill_attention.default_launch(torch.device('cpu'))['warps']
+    assert launches == [16, 2, 16, default]
 
 
 def test_the_users_own_file_overrides_the_shipped_one():

@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..pipeline import BackendError
-from ..tuning import TunedChoices
+from ..tuning import TunedChoices, tuned_rows
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ class CublasLt:
 
     Args:
         device: CUDA device.
-        choices: algorithms found by timing; a shape without one gets the library's first guess.
+        choices: algorithms found by timing. A shape without one gets that of the next number of
+            rows that is timed, or the library's first guess.
     Raises:
         BackendError: the library that PyTorch loaded cannot be reached.
     """
@@ -207,7 +208,7 @@ class CublasLt:
         plan = self._plans.get(signature)
         if plan is None:
             plan = self._plans[signature] = _Plan(self, signature)
-            stored = self.choices.algorithm(signature.key, self.version())
+            stored = stored_algorithm(self.choices, signature, self.version())
             if stored is not None and self._accepts(plan, _from_hex(stored)):
                 plan.algorithm = _from_hex(stored)
             else:
@@ -332,6 +333,15 @@ def signature_of(
         gelu=gelu,
         residual=residual is not None,
     )
+
+
+def stored_algorithm(
+    choices: TunedChoices, signature: LinearSignature, version: int
+) -> str | None:
+    """Return what was found for a shape, or else for it with the next number of rows timed."""
+    larger = replace(signature, rows=tuned_rows(signature.rows))
+    exact = choices.algorithm(signature.key, version)
+    return choices.algorithm(larger.key, version) if exact is None else exact
 
 
 def linear_plain(

@@ -188,4 +188,11 @@ __device__ __forceinline__ void load_matrix4_transposed(u32 (&r)[4], const void*
                : "memory");
 }
 
+// An 8 x 8 matrix transposed: lane l has elements 2 (l % 4) and behind it of row l / 4.
+__device__ __forceinline__ u32 transpose8(u32 pair) {
+  u32 transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 #endif

@@ -2,81 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .gate_up import launch_row_scale
+from .hopper_prefill_product import DEPTH, THREADS, Tiling, pairs_or_none, tokens_of_tile
 from .nvrtc import CudaKernel, TensorTiles, compile_module
 
 _SOURCE = Path(__file__).with_name('hopper_gate_up.cu')
-_FEATURES, _DEPTH = 256, 64  # of a tile, and of a step along K
-_THREADS = 384
-_RING_BYTES = 225 * 1024
-_TILE_ROWS = (192, 128)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Rows of a tile, and how many blocks with different rows share their features' weights."""
-
-    tile_rows: int
-    cluster: int
-
-    def defines(self) -> dict[str, int]:
-        """Return the macros that the source is compiled with."""
-        return {'TILE_ROWS': self.tile_rows, 'CLUSTER': self.cluster, 'STAGES': self._stages()}
-
-    def shared_bytes(self) -> int:
-        """Return the shared memory of a block: its ring, with room to begin at 1024 bytes."""
-        return self._stages() * self._stage_bytes() + 1024
-
-    def blocks(self, rows: int, features: int, processors: int) -> int:
-        """Return the grid: a block per tile, but no more than there are multiprocessors."""
-        units = -(-rows // (self.tile_rows * self.cluster)) * (features // _FEATURES)
-        return min(units, processors // self.cluster) * self.cluster
-
-    def _stage_bytes(self) -> int:
-        return (self.tile_rows + _FEATURES) * _DEPTH * 2
-
-    def _stages(self) -> int:
-        return _RING_BYTES // self._stage_bytes()
+_FEATURES = 256  # of a tile
+_MAX_TOKENS = 192  # of a tile: with more, the ring has fewer than four stages
+# What a tile costs besides its products, roughly: they begin again with an empty pipeline.
+_TILE_CLOCKS = 500
 
 
 def gate_up_misfit(hidden: int, width: int) -> str | None:
     """Return why the kernel cannot take (2 ``hidden``, ``width``) weights, or None if it can."""
-    if 2 * hidden % _FEATURES or width % _DEPTH:
+    if 2 * hidden % _FEATURES or width % DEPTH:
         return (
-            f'the width {width} must be a multiple of {_DEPTH}, '
+            f'the width {width} must be a multiple of {DEPTH}, '
             f'the MLP width {hidden} of {_FEATURES // 2}'
         )
     return None
 
 
-def choose_tiling(rows: int, features: int, processors: int) -> Tiling:
-    """Return the tiling that takes the fewest turns, weighted by the rows of each.
+def choose_tiling(rows: int, features: int, depth: int, processors: int) -> Tiling:
+    """Return the tiling that takes a block with the most tiles the fewest clocks.
 
-    Neighbouring row tiles form clusters of two where their number is even.
+    An even number of neighbouring tiles of tokens forms clusters of two.
     """
+    fewest = -(-rows // _MAX_TOKENS)
+    tilings = []
+    for tiles in range(fewest, 2 * fewest + 1):
+        tokens = tokens_of_tile(rows, tiles)
+        tilings.append(Tiling(_FEATURES, tokens, pairs_or_none(rows, tokens)))
 
-    def cost(tile_rows: int) -> int:
-        tiles = -(-rows // tile_rows) * (features // _FEATURES)
-        return -(-tiles // processors) * tile_rows
+    def clocks(tiling: Tiling) -> int:
+        units, resident = tiling.units(rows, features), max(processors // tiling.cluster, 1)
+        return -(-units // resident) * (depth // DEPTH * tiling.step_clocks() + _TILE_CLOCKS)
 
-    tile_rows = min(_TILE_ROWS, key=cost)
-    return Tiling(tile_rows, 2 if -(-rows // tile_rows) % 2 == 0 else 1)
+    return min(tilings, key=clocks)
+
+
+def grid(tiling: Tiling, rows: int, features: int, processors: int) -> int:
+    """Return the blocks: one per tile, but no more than there are multiprocessors."""
+    units = tiling.units(rows, features)
+    return min(units, processors // tiling.cluster) * tiling.cluster
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Return (2 F, W): gate and up rows alternating, units of 32 in the order of the kernel.
+    """Return (2 F, W): gate and up rows in the order of the kernel.
 
-    Rows 64 n + 8 j + 2 q and the next one are gate and up of unit 32 n + 8 q + j: a thread has the
-    sums of one q, and writes those units side by side.
+    Row 128 g + 64 p + 16 w + 8 e + 2 q + s of a tile is gate (e = 0) or up of its unit
+    64 g + 16 w + 4 q + 2 p + s: a thread has gate and up of a unit, and writes those of both p and
+    s side by side.
     """
-    units = torch.arange(len(gate), device=gate.device).view(-1, 4, 8).transpose(1, 2).flatten()
-    return torch.stack((gate[units], up[units]), dim=1).flatten(0, 1)
+    count, width = gate.shape
+    both = torch.stack((gate, up)).view(2, -1, 2, 4, 4, 2, 2, width)  # e, tile, g, w, q, p, s
+    return both.permute(1, 2, 5, 3, 0, 4, 6, 7).reshape(2 * count, width)
 
 
 class HopperGateUp:
@@ -90,21 +75,28 @@ class HopperGateUp:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels: dict[tuple[Tiling, int], CudaKernel] = {}
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor,
+        tiling: Tiling | None = None,
+    ) -> None:  # fmt: skip
         """Do what :func:`~pi05_ros.engine.kernels.gate_up.gate_up` does.
 
+        Whoever wrote x must be complete before the kernel before this one begins: x is read while
+        the scale is computed, which nothing else waits for.
+
+        Args:
+            tiling: another one than :func:`choose_tiling`'s.
         Raises:
             BackendError: the source does not compile here.
         """
-        rows, depth = x.shape
-        features = weight.shape[0]
-        tiling = choose_tiling(rows, features, self._processors)
-        blocks = tiling.blocks(rows, features, self._processors)
+        (rows, depth), features = x.shape, weight.shape[0]
+        tiling = tiling or choose_tiling(rows, features, depth, self._processors)
+        blocks = grid(tiling, rows, features, self._processors)
         launch_row_scale(x, eps, scale, early_next=True)
         self._kernel(tiling, blocks).launch(
             (
-                TensorTiles(x, tiling.tile_rows, _DEPTH),
-                TensorTiles(weight, _FEATURES // tiling.cluster, _DEPTH),
+                TensorTiles(x, tiling.tokens, DEPTH),
+                TensorTiles(weight, tiling.box_rows(), DEPTH),
                 scale, out, rows, features, depth,
             ),
             early=True,
@@ -116,7 +108,7 @@ class HopperGateUp:
             macros = tuple(tiling.defines().items())
             module = compile_module(_SOURCE, macros, self._device)
             kernel = CudaKernel(
-                module, 'gate_up', blocks, _THREADS, tiling.shared_bytes(), tiling.cluster
+                module, 'gate_up', blocks, THREADS, tiling.shared_bytes(), tiling.cluster
             )
             self._kernels[tiling, blocks] = kernel
         return kernel

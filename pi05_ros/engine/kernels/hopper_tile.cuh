@@ -141,6 +141,8 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u6
 template <int N>
 __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4], u64 b);
 
+// Columns of 8 have 4 registers each: NAMES_12 are the names of the first 12 registers, SUMS_12 the
+// registers.
 #define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
 #define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
@@ -149,34 +151,63 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
 #define NAMES_24 NAMES_20 ", %20, %21, %22, %23"
 #define NAMES_28 NAMES_24 ", %24, %25, %26, %27"
 #define NAMES_32 NAMES_28 ", %28, %29, %30, %31"
-#define NAMES_48                                                                            \
-  NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_64                                                                            \
-  NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define NAMES_104                                                                           \
-  NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, "  \
-           "%95, %96, %97, %98, %99, %100, %101, %102, %103"
-#define NAMES_128                                                                           \
-  NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, "    \
-            "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define NAMES_36 NAMES_32 ", %32, %33, %34, %35"
+#define NAMES_40 NAMES_36 ", %36, %37, %38, %39"
+#define NAMES_44 NAMES_40 ", %40, %41, %42, %43"
+#define NAMES_48 NAMES_44 ", %44, %45, %46, %47"
+#define NAMES_52 NAMES_48 ", %48, %49, %50, %51"
+#define NAMES_56 NAMES_52 ", %52, %53, %54, %55"
+#define NAMES_60 NAMES_56 ", %56, %57, %58, %59"
+#define NAMES_64 NAMES_60 ", %60, %61, %62, %63"
+#define NAMES_68 NAMES_64 ", %64, %65, %66, %67"
+#define NAMES_72 NAMES_68 ", %68, %69, %70, %71"
+#define NAMES_76 NAMES_72 ", %72, %73, %74, %75"
+#define NAMES_80 NAMES_76 ", %76, %77, %78, %79"
+#define NAMES_84 NAMES_80 ", %80, %81, %82, %83"
+#define NAMES_88 NAMES_84 ", %84, %85, %86, %87"
+#define NAMES_92 NAMES_88 ", %88, %89, %90, %91"
+#define NAMES_96 NAMES_92 ", %92, %93, %94, %95"
+#define NAMES_100 NAMES_96 ", %96, %97, %98, %99"
+#define NAMES_104 NAMES_100 ", %100, %101, %102, %103"
+#define NAMES_108 NAMES_104 ", %104, %105, %106, %107"
+#define NAMES_112 NAMES_108 ", %108, %109, %110, %111"
+#define NAMES_116 NAMES_112 ", %112, %113, %114, %115"
+#define NAMES_120 NAMES_116 ", %116, %117, %118, %119"
+#define NAMES_124 NAMES_120 ", %120, %121, %122, %123"
+#define NAMES_128 NAMES_124 ", %124, %125, %126, %127"
 #define SUMS_OF_4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
-#define SUMS_OF_8(i) SUMS_OF_4(i), SUMS_OF_4(i + 4)
 #define SUMS_4 SUMS_OF_4(0)
-#define SUMS_8 SUMS_OF_8(0)
+#define SUMS_8 SUMS_4, SUMS_OF_4(4)
 #define SUMS_12 SUMS_8, SUMS_OF_4(8)
-#define SUMS_16 SUMS_8, SUMS_OF_8(8)
+#define SUMS_16 SUMS_12, SUMS_OF_4(12)
 #define SUMS_20 SUMS_16, SUMS_OF_4(16)
-#define SUMS_24 SUMS_16, SUMS_OF_8(16)
+#define SUMS_24 SUMS_20, SUMS_OF_4(20)
 #define SUMS_28 SUMS_24, SUMS_OF_4(24)
-#define SUMS_32 SUMS_24, SUMS_OF_8(24)
-#define SUMS_48 SUMS_32, SUMS_OF_8(32), SUMS_OF_8(40)
-#define SUMS_64 SUMS_48, SUMS_OF_8(48), SUMS_OF_8(56)
-#define SUMS_72 SUMS_64, SUMS_OF_8(64)
-#define SUMS_80 SUMS_72, SUMS_OF_8(72)
-#define SUMS_104 SUMS_80, SUMS_OF_8(80), SUMS_OF_8(88), SUMS_OF_8(96)
-#define SUMS_128 SUMS_104, SUMS_OF_8(104), SUMS_OF_8(112), SUMS_OF_8(120)
+#define SUMS_32 SUMS_28, SUMS_OF_4(28)
+#define SUMS_36 SUMS_32, SUMS_OF_4(32)
+#define SUMS_40 SUMS_36, SUMS_OF_4(36)
+#define SUMS_44 SUMS_40, SUMS_OF_4(40)
+#define SUMS_48 SUMS_44, SUMS_OF_4(44)
+#define SUMS_52 SUMS_48, SUMS_OF_4(48)
+#define SUMS_56 SUMS_52, SUMS_OF_4(52)
+#define SUMS_60 SUMS_56, SUMS_OF_4(56)
+#define SUMS_64 SUMS_60, SUMS_OF_4(60)
+#define SUMS_68 SUMS_64, SUMS_OF_4(64)
+#define SUMS_72 SUMS_68, SUMS_OF_4(68)
+#define SUMS_76 SUMS_72, SUMS_OF_4(72)
+#define SUMS_80 SUMS_76, SUMS_OF_4(76)
+#define SUMS_84 SUMS_80, SUMS_OF_4(80)
+#define SUMS_88 SUMS_84, SUMS_OF_4(84)
+#define SUMS_92 SUMS_88, SUMS_OF_4(88)
+#define SUMS_96 SUMS_92, SUMS_OF_4(92)
+#define SUMS_100 SUMS_96, SUMS_OF_4(96)
+#define SUMS_104 SUMS_100, SUMS_OF_4(100)
+#define SUMS_108 SUMS_104, SUMS_OF_4(104)
+#define SUMS_112 SUMS_108, SUMS_OF_4(108)
+#define SUMS_116 SUMS_112, SUMS_OF_4(112)
+#define SUMS_120 SUMS_116, SUMS_OF_4(116)
+#define SUMS_124 SUMS_120, SUMS_OF_4(120)
+#define SUMS_128 SUMS_124, SUMS_OF_4(124)
 #define WGMMA(N, SUMS, A, B)                                                                \
   template <>                                                                               \
   __device__ __forceinline__ void wgmma<N>(float (&acc)[N / 2], u64 a, u64 b) {             \
@@ -194,11 +225,29 @@ WGMMA(40, 20, 20, 21)
 WGMMA(48, 24, 24, 25)
 WGMMA(56, 28, 28, 29)
 WGMMA(64, 32, 32, 33)
+WGMMA(72, 36, 36, 37)
+WGMMA(80, 40, 40, 41)
+WGMMA(88, 44, 44, 45)
 WGMMA(96, 48, 48, 49)
+WGMMA(104, 52, 52, 53)
+WGMMA(112, 56, 56, 57)
+WGMMA(120, 60, 60, 61)
 WGMMA(128, 64, 64, 65)
+WGMMA(136, 68, 68, 69)
 WGMMA(144, 72, 72, 73)
+WGMMA(152, 76, 76, 77)
 WGMMA(160, 80, 80, 81)
+WGMMA(168, 84, 84, 85)
+WGMMA(176, 88, 88, 89)
+WGMMA(184, 92, 92, 93)
+WGMMA(192, 96, 96, 97)
+WGMMA(200, 100, 100, 101)
 WGMMA(208, 104, 104, 105)
+WGMMA(216, 108, 108, 109)
+WGMMA(224, 112, 112, 113)
+WGMMA(232, 116, 116, 117)
+WGMMA(240, 120, 120, 121)
+WGMMA(248, 124, 124, 125)
 WGMMA(256, 128, 128, 129)
 
 #define WGMMA_REGISTERS(NAME, N, SUMS, A0, A1, A2, A3, B, TRANSPOSED)                      \

@@ -127,6 +127,34 @@ def rope_kv_plain(
         q.copy_(rotated[:, :-1].reshape(rows, -1))
 
 
+def qkv_rope_plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor,
+    q: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Project the residual to q, k and v and do what :func:`rope_kv` does.
+
+    Args:
+        x: (M, W), the *unnormalised* residual. weight: ((heads + 2) * D, W), in the order of
+            ``Ops.order_qkv``; (2 * D, W) has only k and v.
+        scale: (>= M,) fp32, scratch.
+        cos, sin, q, keys, values: as for :func:`rope_kv`.
+    """
+    scale[: len(x)].copy_(row_scale_plain(x, eps)[:, 0])
+    rope_kv_plain(torch.nn.functional.linear(x, weight), x, cos, sin, eps, q, keys, values)
+
+
+def order_qkv_plain(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight as it is: :func:`qkv_rope_plain` reads head after head."""
+    return weight
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the two halves of the last dimension."""
     low, high = x.chunk(2, dim=-1)

@@ -51,6 +51,13 @@ extern "C" __global__ void __launch_bounds__(64) split_barrier(int* ranks) {
   if (threadIdx.x == 0) ranks[blockIdx.x] = cluster_rank();
 }
 
+// A matrix of 8 x 8 transposed, and what the first half of the lanes have.
+extern "C" __global__ void __launch_bounds__(32) matrix_transposed(const u32* matrix, u32* transposed,
+                                                                   float* of_lane) {
+  transposed[threadIdx.x] = transpose8(matrix[threadIdx.x]);
+  of_lane[threadIdx.x] = __shfl_sync(~0u, threadIdx.x + 0.5f, threadIdx.x % 16);
+}
+
 extern "C" __global__ void fresh_memory(float* found) {
   __shared__ float variable;
   found[blockIdx.x * 2] = variable;

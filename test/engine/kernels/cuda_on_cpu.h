@@ -56,6 +56,9 @@ static inline u32 __shfl_sync(u32, u32 v, int lane) {
   cpu::meet();
   return e.words[lane][0];
 }
+static inline float __shfl_sync(u32 mask, float v, int lane) {
+  return __uint_as_float(__shfl_sync(mask, __float_as_uint(v), lane));
+}
 
 static inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 static inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -193,6 +196,16 @@ static inline void load_matrix4(u32 (&r)[4], const void* row, int offset = 0) {
 }
 static inline void load_matrix4_transposed(u32 (&r)[4], const void* row, int offset = 0) {
   load_matrices<true>(r, (const char*)row + offset);
+}
+static inline u32 transpose8(u32 pair) {
+  cpu::Exchange& e = cpu::next_exchange();
+  int lane = threadIdx.x % 32;
+  e.words[lane][0] = pair;
+  cpu::meet();
+  u32 element[2];
+  for (int i = 0; i < 2; i++)
+    element[i] = e.words[(lane % 4 * 2 + i) * 4 + lane / 8][0] >> lane / 4 % 2 * 16 & 0xffff;
+  return element[0] | element[1] << 16;
 }
 
 #endif

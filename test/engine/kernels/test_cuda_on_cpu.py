@@ -82,6 +82,14 @@ def test_a_mistake_is_said(blocks, kernel, cluster, message):
         blocks.launch(kernel, 4, _THREADS, cluster)
 
 
+def test_a_matrix_of_eight_rows_is_transposed(blocks):
+    matrix = torch.arange(64, dtype=torch.int16).view(8, 8)
+    transposed, of_lane = torch.empty_like(matrix), torch.empty(32)
+    blocks.launch('matrix_transposed', 1, 32, 1, matrix, transposed, of_lane)
+    assert torch.equal(transposed, matrix.T)
+    assert torch.equal(of_lane, torch.arange(16).repeat(2) + 0.5)
+
+
 @pytest.fixture(scope='module')
 def tiles(tmp_path_factory) -> CpuModule:
     library = tmp_path_factory.mktemp('tiles') / 'tiles.so'

@@ -13,6 +13,8 @@ from pi05_ros.engine.kernels import (
     hopper_gate_up,
     hopper_layout,
     hopper_prefill_attention,
+    hopper_prefill_down,
+    hopper_prefill_qkv,
     hopper_vision_attention,
     hopper_vision_product,
 )
@@ -82,12 +84,36 @@ def test_products_of_vision_keep_their_values_in_registers(views, name):
     _assert_no_spills(_compile(source, macros), kernels=1)
 
 
-@pytest.mark.parametrize('rows', [128, 192])
-@pytest.mark.parametrize('cluster', [1, 2])
-def test_gate_and_up_of_the_prefill_keep_their_values_in_registers(rows, cluster):
+@pytest.mark.parametrize('heads', [8, 0])
+@pytest.mark.parametrize('rows', [296, 456, 552, 576, 712, 968, 1536])
+def test_the_projection_of_the_prefill_keeps_its_values_in_registers(rows, heads):
+    vlm = _FULL.vlm
+    features = (heads + 2) * vlm.head_dim
+    tiling = hopper_prefill_qkv.choose_tiling(rows, features, _PROCESSORS)
+    source = Path(hopper_prefill_qkv.__file__).with_suffix('.cu')
+    said = _compile(source, tiling.defines())
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
+
+
+@pytest.mark.parametrize('rows', [296, 456, 552, 576, 712, 968])
+def test_gate_and_up_of_the_prefill_keep_their_values_in_registers(rows):
+    vlm = _FULL.vlm
+    tiling = hopper_gate_up.choose_tiling(rows, 2 * vlm.mlp_dim, vlm.width, _PROCESSORS)
     source = Path(hopper_gate_up.__file__).with_suffix('.cu')
-    tiling = hopper_gate_up.Tiling(rows, cluster)
-    _assert_no_spills(_compile(source, tiling.defines()), kernels=1)
+    said = _compile(source, tiling.defines())
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
+
+
+@pytest.mark.parametrize('rows', [296, 456, 552, 712, 968])
+def test_the_down_projection_of_the_prefill_keeps_its_values_in_registers(rows):
+    vlm = _FULL.vlm
+    tiling = hopper_prefill_down.choose_tiling(rows, vlm.width, vlm.mlp_dim, _PROCESSORS)
+    source = Path(hopper_prefill_down.__file__).with_suffix('.cu')
+    said = _compile(source, tiling.defines())
+    _assert_no_spills(said, kernels=1)
+    assert 'serialized' not in said
 
 
 def test_the_attention_of_the_prefill_keeps_its_values_in_registers():
@@ -108,5 +134,5 @@ def test_the_attention_of_vision_keeps_its_values_in_registers(views):
 
 def test_a_source_that_does_not_compile_is_said():
     source = Path(hopper_gate_up.__file__).with_suffix('.cu')
-    with pytest.raises(BackendError, match=r'hopper_gate_up.cu does not compile: .*TILE_ROWS'):
+    with pytest.raises(BackendError, match=r'hopper_gate_up.cu does not compile: .*FEATURES'):
         _compile(source, {})

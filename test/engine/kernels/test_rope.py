@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pi05_ros.engine.kernels.cublaslt import linear_plain
 from pi05_ros.engine.kernels.rope import half_tables, rope_kv, rope_kv_plain
+from pi05_ros.engine.ops import FusedOps, PlainOps
 from pi05_ros.model.config import GemmaConfig
 
 
@@ -41,6 +43,27 @@ def test_a_cache_only_layer_has_no_queries(draw, assert_matches, dtype, device):
         keys, values = torch.full((2, 4, 32), float('nan'), dtype=dtype, device=device)
         run(qkv, x, cos, sin, 1e-6, None, keys, values)
         results.append((keys, values))
+    for kernel, twin in zip(*results, strict=True):
+        assert_matches(kernel, twin)
+
+
+@pytest.mark.parametrize('heads', [8, 0])
+def test_the_fused_operation_projects_and_rotates(
+    monkeypatch, draw, assert_matches, dtype, device, heads
+):
+    monkeypatch.setattr(FusedOps, '__init__', lambda self: None)
+    fused = FusedOps()
+    fused.linear = linear_plain
+    x, weight = draw(5, 128, scale=3.0), draw((heads + 2) * 32, 128)
+    cos, sin = half_tables(gemma(32), 5, dtype, device)
+    results = []
+    for ops in (fused, PlainOps()):
+        q = torch.zeros(5, heads * 32, dtype=dtype, device=device)
+        keys, values = torch.full((2, 5, 32), float('nan'), dtype=dtype, device=device)
+        scale = torch.empty(5, device=device)
+        operands = (x, ops.order_qkv(weight), cos, sin, 1e-6, scale)
+        ops.qkv_rope(*operands, q if heads else None, keys, values)
+        results.append((q, keys, values) if heads else (keys, values))
     for kernel, twin in zip(*results, strict=True):
         assert_matches(kernel, twin)
 
