@@ -240,17 +240,16 @@ class CudaPipeline(Pipeline):
     def _build_stages(self, state: State, device: torch.device) -> None:
         config, shape = self.config, self.shape
         dtype = getattr(torch, self.precision)
-        self._ops = choose_ops(config, self.precision, device)
         num_views = len(shape.view_sizes_px)
-        prefill_weights = pack_prefill(
-            state, config, dtype, device, self._ops.order_qkv, self._ops.interleave
-        )
+        image_rows = num_views * config.vision.tokens_per_view
+        self._ops = choose_ops(config, image_rows, self.precision, device)
+        prefill_weights = pack_prefill(state, config, dtype, device, self._ops)
         self._inputs = InputBuffers(config, shape, device)
         self.prefill = PrefillStage(
             prefill_weights,
             config,
             self._ops,
-            num_image_rows=num_views * config.vision.tokens_per_view,
+            num_image_rows=image_rows,
             max_prompt_tokens=shape.max_prompt_tokens,
             lengths=self._inputs.lengths,
             tokens=self._inputs.tokens,

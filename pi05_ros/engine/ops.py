@@ -95,6 +95,12 @@ class Ops(Protocol):
     def interleave(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the weight of ``gate_up`` from its two halves."""
 
+    def order_down(self, weight: Tensor) -> Tensor:
+        """Return the weight of ``down`` as it reads it."""
+
+    def down(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Add ``x @ weight.T`` to ``out``."""
+
     def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
         """See :func:`pi05_ros.engine.kernels.gate_up.gate_up`."""
 
@@ -149,6 +155,14 @@ class PlainOps:
     round_rows = staticmethod(folded_norm.round_rows_plain)
     normed_linear = staticmethod(folded_norm.normed_linear_plain)
     add_linear = staticmethod(folded_norm.add_linear_plain)
+
+    def order_down(self, weight: Tensor) -> Tensor:
+        """Return the weight as it is."""
+        return weight
+
+    def down(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Run a linear layer with ``out`` as its residual."""
+        self.linear(x, weight, out, residual=out)
 
 
 class PlainGpuOps(PlainOps):
@@ -219,3 +233,11 @@ class FusedOps:
     def gate_up(self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor) -> None:
         """Run the kernel with the block sizes that fit this GPU."""
         gate_up.gate_up(x, weight, eps, scale, out)
+
+    def order_down(self, weight: Tensor) -> Tensor:
+        """Return the weight as it is."""
+        return weight
+
+    def down(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Run a linear layer with ``out`` as its residual."""
+        self.linear(x, weight, out, residual=out)

@@ -131,5 +131,5 @@ class PrefillStage:
         )
         ops.linear(attended, layer.out, residual, residual=x)
         ops.gate_up(residual, layer.gate_up, eps, self.scale, self.hidden[:rows])
-        ops.linear(self.hidden[:rows], layer.down, residual, residual=residual)
+        ops.down(self.hidden[:rows], layer.down, residual)
         return residual

@@ -15,6 +15,7 @@ import torch
 from pi05_ros.model.config import Pi05Config
 
 from .kernels.folded_norm import NormedLinear, fold_norm
+from .ops import Ops
 
 State = MutableMapping[str, torch.Tensor]
 
@@ -102,7 +103,7 @@ class PrefillLayer:
     qkv: torch.Tensor  # ((heads + 2) * D, W), rows as Ops.order_qkv puts them
     out: torch.Tensor  # (W, heads * D)
     gate_up: torch.Tensor  # (2 F, W), gate and up rows as Ops.interleave puts them
-    down: torch.Tensor  # (W, F)
+    down: torch.Tensor  # (W, F), rows as Ops.order_down puts them
 
 
 @dataclass(frozen=True)
@@ -255,14 +256,12 @@ def _pack_patches(take: _Taker, config: Pi05Config) -> tuple[torch.Tensor, torch
 
 def pack_prefill(
     state: State, config: Pi05Config, dtype: torch.dtype, device: torch.device,
-    order_qkv: Callable[[torch.Tensor], torch.Tensor],
-    interleave: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ops: Ops,
 ) -> PrefillWeights:  # fmt: skip
     """Take the language model out of ``state``; what inference never reads is dropped.
 
     Args:
-        order_qkv: puts the rows of q, k and v as the kernels read them.
-        interleave: makes one weight of gate and up, as the kernels read it.
+        ops: what the weights are for; each has its own order of their rows.
     """
     take = _Taker(state, dtype, device)
     layers = []
@@ -274,10 +273,10 @@ def pack_prefill(
         qkv = torch.cat(take.folded(attention, ('q_proj', 'k_proj', 'v_proj'), norm1))
         layers.append(
             PrefillLayer(
-                qkv=order_qkv(qkv),
+                qkv=ops.order_qkv(qkv),
                 out=take.tensor(attention + 'o_proj.weight'),
-                gate_up=interleave(*take.folded(mlp, ('gate_proj', 'up_proj'), norm2)),
-                down=take.tensor(mlp + 'down_proj.weight'),
+                gate_up=ops.interleave(*take.folded(mlp, ('gate_proj', 'up_proj'), norm2)),
+                down=ops.order_down(take.tensor(mlp + 'down_proj.weight')),
             )
         )
     last = f'{_LANGUAGE}layers.{config.vlm.depth - 1}.'
@@ -286,4 +285,4 @@ def pack_prefill(
     embedding = take.tensor(next(name for name in _EMBEDDINGS if name in state))
     for left in [name for name in state if name.startswith((_LANGUAGE, *_EMBEDDINGS))]:
         del state[left]
-    return PrefillWeights(embedding, tuple(layers), order_qkv(last_kv))
+    return PrefillWeights(embedding, tuple(layers), ops.order_qkv(last_kv))

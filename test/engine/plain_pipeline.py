@@ -41,7 +41,7 @@ class PlainPipeline:
         views = len(shape.view_sizes_px)
         self.inputs = InputBuffers(config, shape, CPU)
         self.prefill = PrefillStage(
-            pack_prefill(state, config, dtype, CPU, ops.order_qkv, ops.interleave),
+            pack_prefill(state, config, dtype, CPU, ops),
             config,
             ops,
             views * config.vision.tokens_per_view,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pi05_ros.engine.kernels.folded_norm import order_features_plain
-from pi05_ros.engine.kernels.gate_up import interleave
-from pi05_ros.engine.kernels.rope import order_qkv_plain
+from pi05_ros.engine.ops import PlainOps
 from pi05_ros.engine.weights import pack_folded_vision, pack_prefill, pack_vision
 from pi05_ros.model.checkpoint import load_state, open_checkpoint
 
@@ -31,7 +30,7 @@ def test_packing_takes_the_tensors_out_of_the_state(state, config, folded):
         pack_folded_vision(state, config, torch.float32, CPU, order_features_plain)
     else:
         pack_vision(state, config, torch.float32, CPU)
-    pack_prefill(state, config, torch.float32, CPU, order_qkv_plain, interleave)
+    pack_prefill(state, config, torch.float32, CPU, PlainOps())
     left = {name.split('.')[1] if 'expert' in name else name for name in state}
     assert not any('paligemma.' in name for name in state), left
 
@@ -41,7 +40,7 @@ def test_norm_weights_near_minus_one_survive_bfloat16(state, config):
     name = LANGUAGE + 'input_layernorm.weight'
     state[name] = torch.full_like(state[name], -0.998321)
     q = state[LANGUAGE + 'self_attn.q_proj.weight'].clone()
-    weights = pack_prefill(state, config, torch.bfloat16, CPU, order_qkv_plain, interleave)
+    weights = pack_prefill(state, config, torch.bfloat16, CPU, PlainOps())
     packed = weights.layers[0].qkv[: q.shape[0]].float()
     expected = q * (1.0 - 0.998321)
     assert (packed - expected).abs().max() <= expected.abs().max() * 2**-8
@@ -75,6 +74,6 @@ def test_a_folded_norm_is_rounded_once_and_its_sums_are_of_what_is_stored(state,
 
 
 def test_the_last_layer_keeps_only_what_fills_the_cache(state, config):
-    packed = pack_prefill(state, config, torch.float32, CPU, order_qkv_plain, interleave)
+    packed = pack_prefill(state, config, torch.float32, CPU, PlainOps())
     assert len(packed.layers) == config.vlm.depth - 1
     assert packed.last_kv.shape == (2 * config.vlm.head_dim, config.vlm.width)

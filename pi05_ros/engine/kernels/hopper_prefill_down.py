@@ -20,6 +20,16 @@ _SPLITS = (1, 2)  # larger clusters leave multiprocessors idle
 _EXCHANGED_BYTES_PER_CLOCK, _TILE_CLOCKS = 32, 2500
 
 
+def prefill_down_misfit(hidden: int, width: int) -> str | None:
+    """Return why the kernel cannot take (``width``, ``hidden``) weights, or None if it can."""
+    if hidden % DEPTH or width % max(_MAX_TOKENS):
+        return (
+            f'the MLP width {hidden} must be a multiple of {DEPTH}, '
+            f'the width {width} of {max(_MAX_TOKENS)}'
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class SplitTiling:
     """How a product is cut up.

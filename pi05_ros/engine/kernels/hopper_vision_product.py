@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ _DEPTH = 64  # of a step along K
 _RING_BYTES = 216 * 1024  # of the 227 KB that a block may have
 _MAX_STAGES = 12
 _GROUP = 16  # features that a thread and its three neighbours have of a row
-_TILE_ROWS = (64, 128)
-_TILE_FEATURES = (208, 160, 144, 128, 96, 64)
+_TILE_FEATURES = {64: (160, 144, 128, 96, 64), 128: (208, 160, 144, 128, 112, 96)}  # by rows
 # From here on along K, shared weights are worth that four blocks wait for each other.
 _LONG_DEPTH = 2048
 
@@ -84,8 +82,9 @@ def choose_tiling(shape: Shape, processors: int) -> Tiling:
         moved = (rows + features) + (rows + features * rows // 64)
         return -(-blocks // processors) * moved, blocks * (rows + features)
 
-    tile_rows = (64,) if shape.depth >= _LONG_DEPTH else _TILE_ROWS
-    rows, features = min(product(tile_rows, _TILE_FEATURES), key=cost)
+    tile_rows = (64,) if shape.depth >= _LONG_DEPTH else _TILE_FEATURES
+    tiles = [(rows, features) for rows in tile_rows for features in _TILE_FEATURES[rows]]
+    rows, features = min(tiles, key=cost)
     stages = min(_RING_BYTES // _stage_bytes(rows, features), _MAX_STAGES, steps)
     return Tiling(rows, features, _choose_cluster(shape, rows, features), stages)
 

@@ -102,7 +102,7 @@ def test_gate_up_matches_its_twin_at_full_size(rows):
     ('rows', 'tokens', 'cluster', 'turns'),
     [
         (296, 152, 2, 2), (456, 152, 1, 3), (552, 184, 1, 3), (576, 192, 1, 3), (712, 184, 2, 4),
-        (968, 168, 2, 6),
+        (968, 200, 1, 5),
     ],
 )  # fmt: skip
 def test_a_tiling_wastes_few_tokens_and_turns(rows, tokens, cluster, turns):
@@ -113,9 +113,9 @@ def test_a_tiling_wastes_few_tokens_and_turns(rows, tokens, cluster, turns):
 
 @pytest.mark.parametrize('processors', [16, 78, 114, 132])
 @pytest.mark.parametrize('rows', [1, 257, 576, 968, 4096])
-def test_any_prefix_and_gpu_has_a_ring_of_four_stages(rows, processors):
+def test_any_prefix_and_gpu_has_a_ring_of_three_stages(rows, processors):
     tiling = choose_tiling(rows, 32768, 2048, processors)
-    assert tiling.stages >= 4 and tiling.tokens % 8 == 0
+    assert tiling.stages >= 3 and tiling.tokens % 8 == 0
     assert tiling.shared_bytes() + 16 * tiling.stages <= 227 * 1024
 
 
