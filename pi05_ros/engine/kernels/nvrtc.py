@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pi05_ros.engine.pipeline import BackendError
 
+from .image_cache import cached_image
+
 _INCLUDED = re.compile(r'^#include "(.*)"', re.MULTILINE)
 
 
@@ -27,19 +29,28 @@ def has_bindings() -> bool:
 def compile_module(
     source: Path, macros: tuple[tuple[str, int | str], ...], device: torch.device
 ) -> Any:
-    """Return the driver's module of a source, compiled once per process, device and macros.
+    """Return the driver's module of a source, loaded once per process, device and macros.
 
-    The headers that it includes lie beside it.
+    The headers that it includes lie beside it. What was compiled before comes from the disk
+    (:mod:`.image_cache`).
 
     Raises:
         BackendError: the package cuda-bindings is missing, or the source does not compile.
     """
     driver, _ = _bindings()
     major, minor = torch.cuda.get_device_capability(device)
-    image, _ = compile_image(source, macros, f'sm_{major}{minor}')
+    image = _image(source, macros, f'sm_{major}{minor}')
     torch.cuda.synchronize(device)  # makes PyTorch's context current; the module is loaded there
     with torch.cuda.device(device):
         return _checked(driver.cuModuleLoadData(image), f'loading {source.name}')
+
+
+def _image(source: Path, macros: tuple[tuple[str, int | str], ...], architecture: str) -> bytes:
+    _, nvrtc = _bindings()
+    version = _checked(nvrtc.nvrtcVersion(), 'NVRTC')
+    texts = [path.read_bytes() for path in (source, *included_files(source))]
+    inputs = [repr((version, architecture, source.name, macros)).encode(), *texts]
+    return cached_image(inputs, lambda: compile_image(source, macros, architecture)[0])
 
 
 def compile_image(

@@ -17,6 +17,7 @@ from pi05_ros.engine.kernels import (
     hopper_prefill_qkv,
     hopper_vision_attention,
     hopper_vision_product,
+    nvrtc,
 )
 from pi05_ros.engine.kernels.hopper_vision_product import Shape, choose_tiling
 from pi05_ros.engine.kernels.nvrtc import compile_image
@@ -130,6 +131,19 @@ def test_the_attention_of_vision_keeps_its_values_in_registers(views):
     said = _compile(source, tiling.defines(vision.num_heads))
     _assert_no_spills(said, kernels=1)
     assert 'serialized' not in said
+
+
+def test_what_was_compiled_once_comes_from_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    source = tmp_path / 'one.cu'
+    source.write_text('extern "C" __global__ void f(int* p) { *p = VALUE; }')
+    first = nvrtc._image(source, (('VALUE', 1),), 'sm_90')
+    with monkeypatch.context() as patched:
+        patched.setattr(nvrtc, 'compile_image', lambda *_: pytest.fail('compiled again'))
+        assert nvrtc._image(source, (('VALUE', 1),), 'sm_90') == first
+    assert nvrtc._image(source, (('VALUE', 2),), 'sm_90') != first
+    source.write_text('extern "C" __global__ void f(int* p) { *p = VALUE + 1; }')
+    assert nvrtc._image(source, (('VALUE', 1),), 'sm_90') != first
 
 
 def test_a_source_that_does_not_compile_is_said():
