@@ -55,6 +55,7 @@ struct Thread {
   bool at_cluster_barrier;  // arrived there and has not waited yet
   u64 cluster_generation;
   Tasks copies, products;
+  std::vector<const void*> loads;  // 16-byte rows whose matrices nobody has used yet
 };
 struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
@@ -201,6 +202,7 @@ static void begin_block(int rank, int index, int threads) {
     t.finished = t.at_cluster_barrier = false;
     t.operations = 0;
     t.copies = t.products = Tasks{};
+    t.loads.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStackBytes;

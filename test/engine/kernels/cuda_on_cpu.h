@@ -161,6 +161,7 @@ static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u3
   int lane = threadIdx.x % 32;
   u32 mine[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(e.words[lane], mine, sizeof(mine));
+  cpu::thread->loads.clear();
   cpu::meet();
   for (int i = 0; i < 4; i++) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -179,6 +180,7 @@ static inline void load_matrices(u32 (&r)[4], const void* row) {
   cpu::Exchange& e = cpu::next_exchange();
   int lane = threadIdx.x % 32;
   e.rows[lane] = row;
+  cpu::thread->loads.push_back(row);
   cpu::meet();
   for (int m = 0; m < 4; m++) {
     bf16 element[2];

@@ -162,6 +162,22 @@ def test_overwriting_registers_before_the_wait_is_seen(tiles, row_per_k):
     assert not _product_of_registers(tiles, row_per_k, early=True)
 
 
+def _load_before_a_tile(tiles: CpuModule, wait: bool) -> bool:
+    """Return whether a warp has the matrix that was there before."""
+    matrix, loaded = torch.randn(32, 64).bfloat16(), torch.zeros(16, 16).bfloat16()
+    tiles.launch('tile_after_loads', 1, 64, 1, TensorMap(matrix, 16), loaded, int(wait))
+    return torch.equal(loaded, matrix[:16, :16])
+
+
+def test_a_tile_takes_the_place_of_matrices_that_have_been_loaded(tiles):
+    assert all(_load_before_a_tile(tiles, wait=True) for _ in range(10))
+
+
+def test_a_tile_in_the_place_of_matrices_that_may_be_on_their_way_is_said(tiles):
+    with pytest.raises(RuntimeError, match='may be on their way: wait_for_loads'):
+        _load_before_a_tile(tiles, wait=False)
+
+
 @pytest.mark.parametrize('kernel', ['misplaced_rows', 'misplaced_narrow_rows'])
 def test_rows_begin_at_a_multiple_of_eight(tiles, kernel):
     with pytest.raises(RuntimeError, match='begins at a multiple of 8 rows'):

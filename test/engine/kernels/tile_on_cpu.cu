@@ -140,6 +140,37 @@ extern "C" __global__ void __launch_bounds__(128) product_of_registers(
     c[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = acc[i];
 }
 
+// A warp loads 16 rows of 16 and arrives; others take their place when it has.
+extern "C" __global__ void __launch_bounds__(64) tile_after_loads(
+    const __grid_constant__ TensorMap a, bf16* c, int wait) {
+  __shared__ u64 full[2], held;
+  unsigned char* tile = (unsigned char*)(((u64)shared_memory + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; i++) barrier_init(full + i, 1);
+    barrier_init(&held, 1);
+    barrier_init_done();
+    for (int i = 0; i < 2; i++) barrier_expect(full + i, 16 * 128);
+    load_tile(tile, &a, 0, 0, full);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) {
+    if (!elected()) return;
+    barrier_wait(&held, 0);
+    load_tile(tile, &a, 0, 16, full + 1);
+    return;
+  }
+  u32 of_a[1][4];
+  int lane = threadIdx.x, row = lane % 16;
+  barrier_wait(full, 0);
+  load_matrix4(of_a[0], tile + row * 128 + (lane / 16 ^ row % 8) * 16);
+  if (wait) wait_for_loads(of_a);
+  __syncwarp();
+  if (lane == 0) barrier_arrive(&held);
+  barrier_wait(full + 1, 0);
+  for (int i = 0; i < 4; i++)
+    *(u32*)(c + (lane / 4 + i % 2 * 8) * 16 + i / 2 * 8 + lane % 4 * 2) = of_a[0][i];
+}
+
 // The operand begins in the middle of eight rows.
 extern "C" __global__ void __launch_bounds__(128) misplaced_rows() {
   float acc[32] = {};

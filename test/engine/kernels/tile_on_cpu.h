@@ -48,8 +48,17 @@ static bf16* in_tensor(const TensorMap& map, int row, int column) {
   return inside ? map.base + (size_t)row * map.stride + column : nullptr;
 }
 
+// A GPU's matrices arrive some time until they are used; an arrival at a barrier does not wait.
+static void check_loads(const void* target, int bytes, u32 rank) {
+  for (int i = 0; i < blocks[rank].size; i++)
+    for (const void* row : blocks[rank].threads[i].loads)
+      if ((u64)row - (u64)target < (u64)bytes)
+        fail("a tile takes the place of matrices that may be on their way: wait_for_loads");
+}
+
 static void load(void* target, const TensorMap& map, int column, int row, u64* barrier, u32 rank) {
   int bytes = checked_bytes(map, target);
+  check_loads(reached_in(target, rank), bytes, rank);
   memset(reached_in(target, rank), 0xff, bytes);  // who still reads sees it
   void* tile = named_in(target, rank);
   u64* its = (u64*)named_in(barrier, rank);
@@ -111,6 +120,7 @@ template <class OfB>
 static void begin_registers(float* acc, int n, const u32 (&a)[4], OfB of_b) {
   if (!thread->products.begun) fail("wgmma without wgmma_begin");
   thread->products.count++;
+  thread->loads.clear();
   Exchange& e = next_exchange();
   int lane = thread_index.x % 32;
   e.rows[lane] = a;
@@ -224,6 +234,6 @@ template <int kRegisters>
 static inline void fewer_registers() {}
 static inline void named_barrier(int id, int threads) { cpu::wait_at(id, threads); }
 template <int N>
-static inline void wait_for_loads(const u32 (&)[N][4]) {}  // nothing is on its way here
+static inline void wait_for_loads(const u32 (&)[N][4]) { cpu::thread->loads.clear(); }
 
 #endif
