@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from pi05_ros.engine import hopper_ops
 from pi05_ros.engine.hopper_ops import HopperOps, choose_ops, hopper_ops_obstacle
+from pi05_ros.engine.kernels import nvrtc
 from pi05_ros.engine.kernels.hopper_vision_product import order_features
 from pi05_ros.engine.ops import FusedOps
 from pi05_ros.engine.tuning import TunedChoices
@@ -77,6 +80,25 @@ class _Recorder:
 
     def __call__(self, *arguments, **settings) -> None:
         self.calls.append(arguments)
+
+
+def test_a_kernel_is_made_once_per_shape_and_compiled_once_per_macros(monkeypatch):
+    compiled, made = [], []
+
+    def compile_module(source, macros, device):
+        compiled.append(macros)
+        return macros
+
+    monkeypatch.setattr(nvrtc, 'compile_module', cache(compile_module))
+    monkeypatch.setattr(nvrtc, 'CudaKernel', lambda *a: made.append(a) or object())
+    kernel = nvrtc.ShapedKernel(Path('one.cu'), 'one', torch.device('cuda'))
+    first = kernel.made_for({'N': 8}, 132, 384, 1024)
+    assert kernel.made_for({'N': 8}, 132, 384, 1024, 1) is first
+    assert kernel.made_for({'N': 8}, 66, 384, 1024) is not first
+    assert kernel.made_for({'N': 16}, 132, 384, 1024, 2) is not first
+    assert compiled == [(('N', 8),), (('N', 16),)]
+    assert made[0] == ((('N', 8),), 'one', 132, 384, 1024, 1)
+    assert len(made) == 3
 
 
 @pytest.fixture

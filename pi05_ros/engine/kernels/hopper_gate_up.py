@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gate_up import launch_row_scale
 from .hopper_prefill_product import DEPTH, THREADS, Tiling, pairs_or_none, tokens_of_tile
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_gate_up.cu')
 _FEATURES = 256  # of a tile
@@ -71,9 +71,8 @@ class HopperGateUp:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[Tiling, int], CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'gate_up', device)
 
     def __call__(
         self, x: Tensor, weight: Tensor, eps: float, scale: Tensor, out: Tensor,
@@ -93,7 +92,9 @@ class HopperGateUp:
         tiling = tiling or choose_tiling(rows, features, depth, self._processors)
         blocks = grid(tiling, rows, features, self._processors)
         launch_row_scale(x, eps, scale, early_next=True)
-        self._kernel(tiling, blocks).launch(
+        self._kernel.made_for(
+            tiling.defines(), blocks, THREADS, tiling.shared_bytes(), tiling.cluster
+        ).launch(
             (
                 TensorTiles(x, tiling.tokens, DEPTH),
                 TensorTiles(weight, tiling.box_rows(), DEPTH),
@@ -101,14 +102,3 @@ class HopperGateUp:
             ),
             early=True,
         )  # fmt: skip
-
-    def _kernel(self, tiling: Tiling, blocks: int) -> CudaKernel:
-        kernel = self._kernels.get((tiling, blocks))
-        if kernel is None:
-            macros = tuple(tiling.defines().items())
-            module = compile_module(_SOURCE, macros, self._device)
-            kernel = CudaKernel(
-                module, 'gate_up', blocks, THREADS, tiling.shared_bytes(), tiling.cluster
-            )
-            self._kernels[tiling, blocks] = kernel
-        return kernel

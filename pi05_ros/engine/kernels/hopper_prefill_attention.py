@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_prefill_attention.cu')
 _DIM = 256
@@ -24,15 +24,10 @@ def prefill_attention_misfit(head_dim: int) -> str | None:
 
 
 class HopperPrefillAttention:
-    """The kernel of one device, compiled when it is made.
-
-    Raises:
-        BackendError: the source does not compile here.
-    """
+    """The kernel of one device, compiled when it is first called."""
 
     def __init__(self, device: torch.device) -> None:
-        self._module = compile_module(_SOURCE, (), device)
-        self._kernels: dict[int, CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'prefill_attention', device)
 
     def __call__(
         self, q: Tensor, keys: Tensor, values: Tensor, count: Tensor, scale: float, out: Tensor
@@ -41,18 +36,14 @@ class HopperPrefillAttention:
 
         Args:
             scale: greater than 0.
+        Raises:
+            BackendError: the source does not compile here.
         """
         rows, heads = q.numel() // _DIM, q.shape[1] // _DIM
         tiles = [
             TensorTiles(matrix, _TILE_ROWS, _TILE_COLUMNS)
             for matrix in (q.view(rows, _DIM), keys, values)
         ]
-        kernel = self._kernel(-(-rows // _TILE_ROWS))
+        blocks = -(-rows // _TILE_ROWS)
+        kernel = self._kernel.made_for({}, blocks, _THREADS, _SHARED_BYTES)
         kernel.launch((*tiles, count, scale * _LOG2_E, out, heads), early=True)
-
-    def _kernel(self, blocks: int) -> CudaKernel:
-        if blocks not in self._kernels:
-            self._kernels[blocks] = CudaKernel(
-                self._module, 'prefill_attention', blocks, _THREADS, _SHARED_BYTES
-            )
-        return self._kernels[blocks]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .hopper_prefill_product import DEPTH, THREADS, Tiling, tokens_of_tile
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_prefill_down.cu')
 _MAX_TOKENS = {128: 256, 256: 192}  # of a tile of so many features: four stages, and registers
@@ -77,9 +77,8 @@ class HopperPrefillDown:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[SplitTiling, int], CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'prefill_down', device)
 
     def __call__(
         self, x: Tensor, weight: Tensor, residual: Tensor, out: Tensor,
@@ -94,7 +93,10 @@ class HopperPrefillDown:
         """
         (rows, depth), features = x.shape, weight.shape[0]
         tiling = tiling or choose_tiling(rows, features, depth, self._processors)
-        self._kernel(tiling, tiling.blocks(rows, features)).launch(
+        self._kernel.made_for(
+            tiling.defines(), tiling.blocks(rows, features), THREADS, tiling.tile.shared_bytes(),
+            tiling.split,
+        ).launch(
             (
                 TensorTiles(x, tiling.tile.tokens, DEPTH),
                 TensorTiles(weight, tiling.tile.box_rows(), DEPTH),
@@ -102,13 +104,3 @@ class HopperPrefillDown:
             ),
             early=True,
         )  # fmt: skip
-
-    def _kernel(self, tiling: SplitTiling, blocks: int) -> CudaKernel:
-        kernel = self._kernels.get((tiling, blocks))
-        if kernel is None:
-            module = compile_module(_SOURCE, tuple(tiling.defines().items()), self._device)
-            kernel = CudaKernel(
-                module, 'prefill_down', blocks, THREADS, tiling.tile.shared_bytes(), tiling.split
-            )
-            self._kernels[tiling, blocks] = kernel
-        return kernel

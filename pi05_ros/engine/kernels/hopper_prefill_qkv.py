@@ -16,7 +16,7 @@ from .hopper_prefill_product import (
     pairs_or_none,
     tokens_of_tile,
 )
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_prefill_qkv.cu')
 _DIM = 256
@@ -64,9 +64,8 @@ class HopperPrefillQkv:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[Tiling, int], CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'prefill_qkv', device)
 
     def __call__(
         self, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: Tensor,
@@ -86,7 +85,9 @@ class HopperPrefillQkv:
         tiling = tiling or choose_tiling(rows, features, self._processors)
         blocks = tiling.units(rows, features) * tiling.cluster
         launch_row_scale(x, eps, scale, early_next=True)
-        self._kernel(tiling, blocks).launch(
+        self._kernel.made_for(
+            tiling.defines(), blocks, THREADS, tiling.shared_bytes(), tiling.cluster
+        ).launch(
             (
                 TensorTiles(x, tiling.tokens, DEPTH),
                 TensorTiles(weight, tiling.box_rows(), DEPTH),
@@ -94,14 +95,3 @@ class HopperPrefillQkv:
             ),
             early=True,
         )  # fmt: skip
-
-    def _kernel(self, tiling: Tiling, blocks: int) -> CudaKernel:
-        kernel = self._kernels.get((tiling, blocks))
-        if kernel is None:
-            macros = tuple(tiling.defines().items())
-            module = compile_module(_SOURCE, macros, self._device)
-            kernel = CudaKernel(
-                module, 'prefill_qkv', blocks, THREADS, tiling.shared_bytes(), tiling.cluster
-            )
-            self._kernels[tiling, blocks] = kernel
-        return kernel

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_vision_attention.cu')
 _DIM, _TOKENS = 72, 256
@@ -74,9 +74,8 @@ class HopperVisionAttention:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[int, int], CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'vision_attention', device)
 
     def __call__(self, qkv: Tensor, num_heads: int, out: Tensor) -> None:
         """Do what :func:`~pi05_ros.engine.kernels.vision_attention.vision_attention` does.
@@ -84,7 +83,14 @@ class HopperVisionAttention:
         Raises:
             BackendError: the source does not compile here.
         """
-        self._kernel(qkv.shape[0], num_heads).launch(
+        tiling = choose_tiling(qkv.shape[0], num_heads, self._processors)
+        self._kernel.made_for(
+            tiling.defines(num_heads),
+            tiling.blocks,
+            _THREADS,
+            tiling.shared_bytes(),
+            tiling.cluster,
+        ).launch(
             (
                 TensorTiles(qkv, _QUERIES, _WIDE),
                 TensorTiles(qkv, _QUERIES, _NARROW),
@@ -93,16 +99,3 @@ class HopperVisionAttention:
             ),
             early=True,
         )
-
-    def _kernel(self, rows: int, num_heads: int) -> CudaKernel:
-        key = (rows, num_heads)
-        if key not in self._kernels:
-            tiling = choose_tiling(rows, num_heads, self._processors)
-            module = compile_module(
-                _SOURCE, tuple(tiling.defines(num_heads).items()), self._device
-            )
-            self._kernels[key] = CudaKernel(
-                module, 'vision_attention', tiling.blocks, _THREADS, tiling.shared_bytes(),
-                tiling.cluster,
-            )  # fmt: skip
-        return self._kernels[key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .folded_norm import NormedLinear, RowMoments
-from .nvrtc import CudaKernel, TensorTiles, compile_module
+from .nvrtc import ShapedKernel, TensorTiles
 
 _SOURCE = Path(__file__).with_name('hopper_vision_product.cu')
 _DEPTH = 64  # of a step along K
@@ -133,7 +133,7 @@ class HopperVisionProduct:
         self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._tilings = dict(tilings or {})
-        self._kernels: dict[tuple, CudaKernel] = {}
+        self._kernel = ShapedKernel(_SOURCE, 'vision_product', device)
 
     def moments(self, rows: int, width: int, depth: int) -> RowMoments:
         """Return room for what :meth:`add` leaves of a (``rows``, ``width``) result."""
@@ -172,7 +172,10 @@ class HopperVisionProduct:
         tiling = self._tiling(Shape(rows, features, depth))
         assert 'RESIDUAL' not in macros or moments.part_columns == tiling.features
         blocks = tiling.blocks(rows, features)
-        self._kernel(tiling, blocks, macros).launch(
+        self._kernel.made_for(
+            {**tiling.defines(), **macros}, blocks, tiling.threads(), tiling.shared_bytes(),
+            tiling.cluster,
+        ).launch(
             (
                 TensorTiles(x, tiling.rows, _DEPTH),
                 TensorTiles(layer.weight, tiling.features // tiling.cluster, _DEPTH),
@@ -185,14 +188,3 @@ class HopperVisionProduct:
         if shape not in self._tilings:
             self._tilings[shape] = choose_tiling(shape, self._processors)
         return self._tilings[shape]
-
-    def _kernel(self, tiling: Tiling, blocks: int, macros: dict[str, int]) -> CudaKernel:
-        defines = (*tiling.defines().items(), *macros.items())
-        key = (defines, blocks)
-        if key not in self._kernels:
-            module = compile_module(_SOURCE, defines, self._device)
-            self._kernels[key] = CudaKernel(
-                module, 'vision_product', blocks, tiling.threads(), tiling.shared_bytes(),
-                tiling.cluster,
-            )  # fmt: skip
-        return self._kernels[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,6 +168,29 @@ class CudaKernel:
             attributes.append(together)
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
+
+
+class ShapedKernel:
+    """A source's kernel for every shape that asks for it, compiled when the first one does."""
+
+    def __init__(self, source: Path, name: str, device: torch.device) -> None:
+        self._source, self._name, self._device = source, name, device
+        self._made: dict[tuple, CudaKernel] = {}
+
+    def made_for(
+        self, defines: Mapping[str, int | str], blocks: int, threads: int, shared_bytes: int,
+        cluster: int = 1,
+    ) -> CudaKernel:  # fmt: skip
+        """Return the kernel with these macros and this launch shape.
+
+        Raises:
+            BackendError: the source does not compile here.
+        """
+        macros, shape = tuple(defines.items()), (blocks, threads, shared_bytes, cluster)
+        if (macros, shape) not in self._made:
+            module = compile_module(self._source, macros, self._device)
+            self._made[macros, shape] = CudaKernel(module, self._name, *shape)
+        return self._made[macros, shape]
 
 
 class TensorTiles:
