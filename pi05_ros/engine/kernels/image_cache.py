@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = sha256().digest_size
@@ -62,8 +62,9 @@ def _write(path: Path, image: bytes) -> None:
     """Write a file that other processes see whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(sha256(image).digest() + image)
-        os.replace(file.name, path)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            unfinished.write_bytes(sha256(image).digest() + image)
+            os.replace(unfinished, path)
     except OSError as error:
         _log.info('compiled kernels are not kept in %s: %s', path.parent, error)

@@ -143,10 +143,9 @@ def qkv_rope_plain(
     Args:
         x: (M, W), the *unnormalised* residual. weight: ((heads + 2) * D, W), in the order of
             ``Ops.order_qkv``; (2 * D, W) has only k and v.
-        scale: (>= M,) fp32, scratch.
+        scale: (>= M,) fp32, scratch of kernels that need it.
         cos, sin, q, keys, values: as for :func:`rope_kv`.
     """
-    scale[: len(x)].copy_(row_scale_plain(x, eps)[:, 0])
     rope_kv_plain(torch.nn.functional.linear(x, weight), x, cos, sin, eps, q, keys, values)
 
 
