@@ -320,13 +320,16 @@ class CudaPipeline(Pipeline):
         noise: np.ndarray,
         num_steps: int | None,
     ) -> int:
-        """Check a call and enqueue the copy of its inputs; return its step count."""
+        """Check a call and enqueue the copy of its inputs; return its step count.
+
+        What the device takes longest to get is under way first.
+        """
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
-        self._check_tokens(tokens)
-        self._inputs.write(images, tokens, noise, self.prefill.num_image_rows)
         self._clock.mark(0, self._stream)
-        self._inputs.upload()
+        self._inputs.send_images(images)
+        self._check_tokens(tokens)
+        self._inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
         return steps
 
     def _check_tokens(self, tokens: np.ndarray) -> None:

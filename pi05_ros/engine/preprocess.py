@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import ref
 
 import numpy as np
@@ -22,6 +23,14 @@ _MAX_PLANS = 64
 
 # Where to on the device, and from where.
 Copy = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The copies of a call: of the images in pinned memory, then of what the host writes."""
+
+    pinned: list[Copy]
+    staged: list[Copy]
 
 
 class PinnedMemory:
@@ -115,10 +124,10 @@ class InputBuffers:
         self.lengths, self.noise = views['lengths', False], views['noise', False]
         self._host_views = {name: views[name, True].numpy() for name in parts}
         self._images_start = starts['images']
-        # By the addresses of the images in pinned memory: what upload() copies, and where to. The
-        # slices of a call would take longer than its copies; there are few, as buffers are.
-        self._plans: dict[tuple[int, ...], list[Copy]] = {}
-        self._copies: list[Copy] = [(self._device, self._host)]
+        # By the addresses of the images in pinned memory. The slices of a call would take longer
+        # than its copies; there are few, as buffers are.
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plan = Plan([], [(self._device, self._host)])
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return (num_bytes,) uint8 from which images need not be written.
@@ -129,39 +138,37 @@ class InputBuffers:
         self._plans.clear()  # they keep memory alive that nobody may need any more
         return self._memory.lend(num_bytes)
 
-    def write(
-        self,
-        images: Sequence[np.ndarray],
-        tokens: np.ndarray,
-        noise: np.ndarray,
-        num_image_rows: int,
-    ) -> None:
-        """Copy one call's inputs into the pinned buffer, but for images in pinned memory.
+    def place_images(self, images: Sequence[np.ndarray]) -> None:
+        """Write what is not in pinned memory, and find out what is to be copied from where.
 
-        Those have to stay as they are until the device has them.
+        Part of :meth:`send_images`, which enqueues the copies.
         """
+        addresses = tuple(map(packed_address, images))
+        # A plan keeps the memory that it reads alive, so at an address of a plan lies that memory.
+        plan = self._plans.get(addresses)
+        if plan is None or not all(addresses):
+            addresses = tuple(map(self._memory.address_of, images))
+            self._write_images(images, addresses)
+            plan = self._plans.get(addresses) or self._add_plan(addresses)
+        self._plan = plan
+
+    def send_images(self, images: Sequence[np.ndarray]) -> None:
+        """Enqueue the copies of those images to the device that lie in pinned memory.
+
+        They have to stay as they are until the device has them. It is busy with them while the
+        host writes the rest, of which the other images are a part.
+        """
+        self.place_images(images)
+        _enqueue(self._plan.pinned)
+
+    def send_rest(self, tokens: np.ndarray, noise: np.ndarray, num_image_rows: int) -> None:
+        """Write the other inputs and enqueue the copy of all that the host wrote."""
         host = self._host_views
-        self._place_images(images)
         host['tokens'][: len(tokens)] = tokens
         host['lengths'][0] = len(tokens)
         host['lengths'][1] = num_image_rows + len(tokens)
         host['noise'][...] = noise
-
-    def upload(self) -> None:
-        """Enqueue the copies to the device on the current stream."""
-        for target, source in self._copies:
-            target.copy_(source, non_blocking=True)
-
-    def _place_images(self, images: Sequence[np.ndarray]) -> None:
-        """Write what is not in pinned memory, and find out what is to be copied from where."""
-        addresses = tuple(map(packed_address, images))
-        # A plan keeps the memory that it reads alive, so at an address of a plan lies that memory.
-        copies = self._plans.get(addresses)
-        if copies is None or not all(addresses):
-            addresses = tuple(map(self._memory.address_of, images))
-            self._write_images(images, addresses)
-            copies = self._plans.get(addresses) or self._add_plan(addresses)
-        self._copies = copies
+        _enqueue(self._plan.staged)
 
     def _write_images(self, images: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
         """Write the images without an address into the host's buffer."""
@@ -172,12 +179,8 @@ class InputBuffers:
                 target.reshape(image.shape)[...] = image
             start += size
 
-    def _add_plan(self, addresses: tuple[int, ...]) -> list[Copy]:
-        """Return the fewest copies; what is not at an address comes from the host's buffer.
-
-        The images in pinned memory come first: while the device is busy with them, the host has
-        time to enqueue what follows.
-        """
+    def _add_plan(self, addresses: tuple[int, ...]) -> Plan:
+        """Return the fewest copies; what is not at an address comes from the host's buffer."""
         pinned: list[Copy] = []
         staged: list[Copy] = []
         planned, end = 0, self._images_start
@@ -193,7 +196,7 @@ class InputBuffers:
             staged.append((self._device[planned:end], self._host[planned:end]))
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        self._plans[addresses] = [*pinned, *staged]
+        self._plans[addresses] = Plan(pinned, staged)
         return self._plans[addresses]
 
     def fill_with_longest(self, num_image_rows: int) -> None:
@@ -201,6 +204,11 @@ class InputBuffers:
         longest = len(self._host_views['tokens'])
         self._host_views['lengths'][:] = longest, num_image_rows + longest
         self._device.copy_(self._host)
+
+
+def _enqueue(copies: Sequence[Copy]) -> None:
+    for target, source in copies:
+        target.copy_(source, non_blocking=True)
 
 
 class PreprocessStage:

@@ -110,8 +110,6 @@ class IdlePolicy:
         self.buffers = InputBuffers(config, shape, torch.device(device))
         self.staging_ms = 0.0
         self._robot = robot
-        self._tokens = np.ones(_PROMPT_TOKENS, dtype=np.int64)
-        self._noise = np.zeros((_HORIZON, config.action_dim), dtype=np.float32)
         self._times = StageTimes(*[0.0] * 7)
 
     def prepare(self, *, tick: int, seed: int) -> None:
@@ -128,7 +126,7 @@ class IdlePolicy:
         """Return a chunk of the measured state."""
         began_ns = time.perf_counter_ns()
         images = [observation.images[name] for name in self._robot.camera_names]
-        self.buffers.write(images, self._tokens, self._noise, 0)
+        self.buffers.place_images(images)
         self.staging_ms = (time.perf_counter_ns() - began_ns) / 1e6
         row = np.resize(observation.state, self._robot.action_dim).astype(np.float32)
         return ActionChunk(

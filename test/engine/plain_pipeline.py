@@ -62,8 +62,8 @@ class PlainPipeline:
     @torch.inference_mode()
     def run_prefix(self, images, tokens, noise, rows: int | None = None) -> int:
         """Fill the prefix and the cache; return the number of valid rows."""
-        self.inputs.write(images, tokens, noise, self.prefill.num_image_rows)
-        self.inputs.upload()
+        self.inputs.send_images(images)
+        self.inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
         self.preprocess.launch()
         self.vision.launch()
         self.prefill.launch(rows or self.prefill.bucket(len(tokens)))

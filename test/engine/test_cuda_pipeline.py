@@ -162,9 +162,9 @@ def test_two_pipelines_give_the_same_bits(build, state):
 def test_the_graphs_compute_what_their_kernels_do(build):
     pipeline, inputs = build(2, 50), make_inputs(2, 50, 70)
     expected = call(pipeline, inputs, 3)
-    pipeline._inputs.write(inputs.images, inputs.tokens, inputs.noise, 512)
     with torch.inference_mode(), torch.cuda.stream(pipeline._stream):
-        pipeline._inputs.upload()
+        pipeline._inputs.send_images(inputs.images)
+        pipeline._inputs.send_rest(inputs.tokens, inputs.noise, 512)
         pipeline.launch_prefix(pipeline.prefill.bucket(70))
         pipeline.denoise.launch(3)
     torch.cuda.synchronize()
@@ -248,9 +248,9 @@ def test_padded_rows_do_not_change_actions(build):
     """The same prompt through a longer captured prefill than it needs."""
     pipeline, inputs = build(2, 50), make_inputs(2, 50, 20)
     expected = call(pipeline, inputs, 3)
-    pipeline._inputs.write(inputs.images, inputs.tokens, inputs.noise, 512)
     with torch.inference_mode(), torch.cuda.stream(pipeline._stream):
-        pipeline._inputs.upload()
+        pipeline._inputs.send_images(inputs.images)
+        pipeline._inputs.send_rest(inputs.tokens, inputs.noise, 512)
         pipeline.launch_prefix(pipeline.prefill.buckets[-1])
         pipeline.denoise.launch(3)
     torch.cuda.synchronize()
