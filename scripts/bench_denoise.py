@@ -97,12 +97,11 @@ def make_stage(
         torch.randn(shape, generator=generator, device='cuda').bfloat16() for _ in range(2)
     )
     n_prefix = torch.tensor([prefix], dtype=torch.int32, device='cuda')
-    stage = DenoiseStage(
-        state, config, keys=keys, values=values, n_prefix=n_prefix, horizon=horizon,
+    noise = torch.randn(horizon, config.action_dim, generator=generator, device='cuda')
+    return DenoiseStage(
+        state, config, keys=keys, values=values, n_prefix=n_prefix, noise=noise,
         max_steps=max_steps,
     )  # fmt: skip
-    stage.noise.normal_(generator=generator)
-    return stage
 
 
 def check(
@@ -148,13 +147,11 @@ def float32_twin(
     config: Pi05Config, state: dict[str, torch.Tensor], stage: DenoiseStage
 ) -> DenoiseStage:
     """Return a float32 stage over the same prefix and noise, for its plain twin."""
-    twin = DenoiseStage(
+    return DenoiseStage(
         state, config, keys=stage.keys.float(), values=stage.values.float(),
-        n_prefix=stage.n_prefix, horizon=stage.horizon, max_steps=stage.max_steps,
+        n_prefix=stage.n_prefix, noise=stage.noise, max_steps=stage.max_steps,
         dtype=torch.float32,
     )  # fmt: skip
-    twin.noise.copy_(stage.noise)
-    return twin
 
 
 def use_triton(stage: DenoiseStage) -> DenoiseStage:

@@ -1,10 +1,11 @@
 """π0.5 on an NVIDIA GPU: three captured stages over static buffers.
 
-A call writes the raw inputs into pinned memory, but for images that are in such memory already,
-and enqueues, on one stream: the copy to the device, four CUDA graphs (preprocess, vision, prefill,
-denoise), one copy back. Nothing is allocated and nothing waits until the end; what depends on the
-call (prompt length, step count) is read on the device or picks one of the graphs captured at the
-time of building.
+A call enqueues, on one stream: the copy of the raw images to the device, four CUDA graphs
+(preprocess, vision, prefill, denoise), one copy back. Images that lie in pinned memory are copied
+from there, others are written into such memory before. While vision runs, the host writes what it
+does not need, tokens and noise, and a second stream copies that. Nothing is allocated and nothing
+waits until the end; what depends on the call (prompt length, step count) is read on the device or
+picks one of the graphs captured at the time of building.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class CudaPipeline(Pipeline):
         check_device(place)
         check_limits(config, shape)
         with torch.cuda.device(place), torch.inference_mode():
-            self._stream = torch.cuda.Stream(place)
+            self._stream, self._side = torch.cuda.Stream(place), torch.cuda.Stream(place)
+            self._rest_sent = torch.cuda.Event()
             with torch.cuda.stream(self._stream):
                 self._build_stages(state, place)
             self._stream.synchronize()
             self._capture()
-        self._on_stream = make_current(self._stream)
+        self._on_stream, self._on_side = make_current(self._stream), make_current(self._side)
         self.calls = 0
 
     @classmethod
@@ -114,13 +116,17 @@ class CudaPipeline(Pipeline):
         """Run the captured stages once; see :meth:`Pipeline.infer`."""
         start = time.perf_counter()
         clock, stream = self._clock, self._stream
+        steps = self._check(images, tokens, noise, num_steps)
         with self._on_stream:
-            steps = self._send(images, tokens, noise, num_steps)
+            clock.mark(0, stream)
+            self._inputs.send_images(images)
             clock.mark(1, stream)
             self._preprocess_graph.replay()
             clock.mark(2, stream)
             self._vision_graph.replay()
             clock.mark(3, stream)
+        self._send_rest(tokens, noise)
+        with self._on_stream:
             self._prefill_graphs[self.prefill.bucket(len(tokens))].replay()
             clock.mark(4, stream)
             self._denoise_graphs[steps].replay()
@@ -147,8 +153,10 @@ class CudaPipeline(Pipeline):
         num_steps: int | None = None,
     ) -> None:
         """Check a call and send its inputs to the device, where the next call's replace them."""
+        self._check(images, tokens, noise, num_steps)
         with self._on_stream:
-            self._send(images, tokens, noise, num_steps)
+            self._inputs.send_images(images)
+        self._send_rest(tokens, noise)
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return page-locked memory; an image in it is copied to the device from there.
@@ -168,8 +176,8 @@ class CudaPipeline(Pipeline):
         Raises:
             BackendError: the pipeline was built for other image sizes than the views have.
         """
+        self.rehearse(list(views), tokens, noise, num_steps)
         with torch.cuda.stream(self._stream):
-            self._send(list(views), tokens, noise, num_steps)
             self.launch_prefix(self.prefill.bucket(len(tokens)))
             states = [self.denoise.noise.clone(), *self._denoise_states(num_steps)]
         self._stream.synchronize()
@@ -261,14 +269,12 @@ class CudaPipeline(Pipeline):
             keys=self.prefill.keys,
             values=self.prefill.values,
             n_prefix=self.prefill.num_prefix,
-            horizon=shape.horizon,
+            noise=self._inputs.noise,
             max_steps=shape.max_steps,
             dtype=dtype,
         )
         state.clear()
-        self.preprocess = PreprocessStage(
-            config, shape, self._ops, self._inputs, self.vision, self.denoise.noise
-        )
+        self.preprocess = PreprocessStage(config, shape, self._ops, self._inputs, self.vision)
         self._host_actions = torch.empty(self.denoise.actions.shape, pin_memory=True)
         self._host_view = self._host_actions.numpy()
 
@@ -313,24 +319,25 @@ class CudaPipeline(Pipeline):
             states.append(stage.actions.clone())
         return states
 
-    def _send(
+    def _check(
         self,
         images: Sequence[np.ndarray],
         tokens: np.ndarray,
         noise: np.ndarray,
         num_steps: int | None,
     ) -> int:
-        """Check a call and enqueue the copy of its inputs; return its step count.
-
-        What the device takes longest to get is under way first.
-        """
+        """Refuse a call that does not fit; return its step count."""
         steps = self.shape.num_steps if num_steps is None else num_steps
         self.check_call(images, tokens, noise, steps)
-        self._clock.mark(0, self._stream)
-        self._inputs.send_images(images)
         self._check_tokens(tokens)
-        self._inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
         return steps
+
+    def _send_rest(self, tokens: np.ndarray, noise: np.ndarray) -> None:
+        """Send what vision does not need on a stream beside it, for which the next stage waits."""
+        with self._on_side:
+            self._inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
+            self._rest_sent.record(self._side)
+        self._stream.wait_event(self._rest_sent)
 
     def _check_tokens(self, tokens: np.ndarray) -> None:
         low, high = int(tokens.min()), int(tokens.max())

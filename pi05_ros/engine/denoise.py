@@ -32,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 class DenoiseStage:
-    """Static buffers ``noise`` in and ``actions`` out, both (H, A) float32, and what lies between.
+    """A static buffer ``actions`` (H, A) float32, and what lies between the noise and it.
 
     Args:
         state: checkpoint tensors by openpi key name; copied, not kept.
         config: model dimensions.
         keys, values: (L, P_max, D) prefix K/V on the device, filled before each launch.
         n_prefix: (1,) int32 on the device: valid prefix tokens, at most P_max.
-        horizon: rows H of ``noise`` and ``actions``.
+        noise: (H, A) float32 on the device, where the flow begins, written before each launch.
         max_steps: largest step count of a launch.
         dtype: storage dtype of weights and activations.
     Raises:
@@ -54,16 +54,16 @@ class DenoiseStage:
         keys: Tensor,
         values: Tensor,
         n_prefix: Tensor,
-        horizon: int,
+        noise: Tensor,
         max_steps: int,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        check_inputs(config, keys, values, n_prefix, horizon, max_steps, dtype)
+        check_inputs(config, keys, values, n_prefix, noise, max_steps, dtype)
+        horizon = noise.shape[0]
         self.config, self.horizon, self.max_steps, self.dtype = config, horizon, max_steps, dtype
         self.keys, self.values, self.n_prefix = keys, values, n_prefix
         self.device = keys.device
-        self.noise = torch.zeros(horizon, config.action_dim, device=self.device)
-        self.actions = torch.zeros_like(self.noise)
+        self.noise, self.actions = noise, torch.zeros_like(noise)
         self.cos, self.sin = rope_table(config, keys.shape[1] + horizon, dtype, self.device)
         self.buffers = self._layer_buffers()
         weights = expert_weights(state, config, max_steps, dtype, self.device)
@@ -192,7 +192,7 @@ def rope_table(
 
 def check_inputs(
     config: Pi05Config, keys: Tensor, values: Tensor, n_prefix: Tensor,
-    horizon: int, max_steps: int, dtype: torch.dtype,
+    noise: Tensor, max_steps: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Refuse a model or buffers that the kernels cannot take, saying which and why."""
     expert = config.expert
@@ -218,7 +218,15 @@ def check_inputs(
             f'n_prefix must be one int32 on {keys.device}, '
             f'got {tuple(n_prefix.shape)} {n_prefix.dtype} on {n_prefix.device}'
         )
-    if horizon < 1 or max_steps < 1:
-        raise BackendError(f'horizon {horizon} and max_steps {max_steps} must be at least 1')
+    if noise.ndim != 2 or noise.shape[1] != config.action_dim or not noise.is_contiguous():
+        raise BackendError(
+            f'noise must be contiguous (horizon, {config.action_dim}), got {tuple(noise.shape)}'
+        )
+    if noise.dtype != torch.float32 or noise.device != keys.device:
+        raise BackendError(
+            f'noise must be float32 on {keys.device}, got {noise.dtype} on {noise.device}'
+        )
+    if len(noise) < 1 or max_steps < 1:
+        raise BackendError(f'horizon {len(noise)} and max_steps {max_steps} must be at least 1')
     if keys.device.type != 'cuda' and not is_interpreted():
         raise BackendError(f'the fused denoise needs a CUDA device, got {keys.device}')

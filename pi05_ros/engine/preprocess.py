@@ -1,7 +1,8 @@
-"""The inputs of a call: one pinned buffer, its twin on the device, and the resize to patches."""
+"""The inputs of a call: pinned buffers, their twins on the device, and the resize to patches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ref
@@ -23,11 +24,13 @@ _MAX_PLANS = 64
 
 # Where to on the device, and from where.
 Copy = tuple[torch.Tensor, torch.Tensor]
+# What a buffer has: elements of a dtype, and their shape.
+Part = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The copies of a call: of the images in pinned memory, then of what the host writes."""
+    """The copies of a call's images: of those in lent memory, then of what the host writes."""
 
     pinned: list[Copy]
     staged: list[Copy]
@@ -88,10 +91,11 @@ def packed_address(image: np.ndarray) -> int:
 
 
 class InputBuffers:
-    """Raw images, tokens, lengths and noise behind each other, copied to the device at once.
+    """Raw images behind each other, and tokens, lengths and noise: pinned, and on the device.
 
-    Images in memory from :meth:`image_buffer` are left out of the host's buffer and copied to the
-    device from where they are.
+    Vision needs the images alone, so they have buffers of their own. Those in memory from
+    :meth:`image_buffer` are left out of the host's buffer and copied to the device from where they
+    are. The others are one copy.
 
     Attributes (on the device):
         images: (bytes of all views,) uint8. tokens: (max_prompt_tokens,) int32.
@@ -99,35 +103,26 @@ class InputBuffers:
     """
 
     def __init__(self, config: Pi05Config, shape: PipelineShape, device: torch.device) -> None:
+        is_pinned = device.type == 'cuda'
         self._sizes = [height * width * 3 for height, width in shape.view_sizes_px]
-        self._memory = PinnedMemory(is_pinned=device.type == 'cuda')
-        parts = {
-            'noise': (torch.float32, (shape.horizon, config.action_dim)),
-            'lengths': (torch.int32, (2,)),
-            'tokens': (torch.int32, (shape.max_prompt_tokens,)),
-            'images': (torch.uint8, (sum(self._sizes),)),
-        }
-        total, starts = 0, {}
-        for name, (dtype, size) in parts.items():
-            starts[name] = total
-            used = int(np.prod(size)) * dtype.itemsize
-            total += -(-used // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == 'cuda')
-        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
-        views = {}
-        for buffer in (self._host, self._device):
-            for name, (dtype, size) in parts.items():
-                used = int(np.prod(size)) * dtype.itemsize
-                part = buffer[starts[name] : starts[name] + used].view(dtype).view(size)
-                views[name, buffer is self._host] = part
-        self.images, self.tokens = views['images', False], views['tokens', False]
-        self.lengths, self.noise = views['lengths', False], views['noise', False]
-        self._host_views = {name: views[name, True].numpy() for name in parts}
-        self._images_start = starts['images']
+        self._memory = PinnedMemory(is_pinned)
+        self.images = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
+        self._host_images = torch.zeros(sum(self._sizes), dtype=torch.uint8, pin_memory=is_pinned)
+        self._staged_images = self._host_images.numpy()
+        parts: list[Part] = [
+            (torch.float32, (shape.horizon, config.action_dim)),
+            (torch.int32, (2,)),
+            (torch.int32, (shape.max_prompt_tokens,)),
+        ]
+        num_bytes = sum(_aligned_bytes(part) for part in parts)
+        self._rest = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._host_rest = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+        self.noise, self.lengths, self.tokens = _split(self._rest, parts)
+        views = [view.numpy() for view in _split(self._host_rest, parts)]
+        self._host_noise, self._host_lengths, self._host_tokens = views
         # By the addresses of the images in pinned memory. The slices of a call would take longer
         # than its copies; there are few, as buffers are.
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._plan = Plan([], [(self._device, self._host)])
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return (num_bytes,) uint8 from which images need not be written.
@@ -138,62 +133,64 @@ class InputBuffers:
         self._plans.clear()  # they keep memory alive that nobody may need any more
         return self._memory.lend(num_bytes)
 
-    def place_images(self, images: Sequence[np.ndarray]) -> None:
-        """Write what is not in pinned memory, and find out what is to be copied from where.
+    def place_images(self, images: Sequence[np.ndarray]) -> Plan:
+        """Do the host's part of :meth:`send_images`; return the copies, which are not enqueued."""
+        plan, missing = self._find_plan(images)
+        self._write_images(images, missing)
+        return plan
 
-        Part of :meth:`send_images`, which enqueues the copies.
+    def send_images(self, images: Sequence[np.ndarray]) -> None:
+        """Enqueue the copies of the images to the device.
+
+        Those in lent memory have to stay as they are until the device has them; it is busy with
+        them while the host writes the others.
         """
+        plan, missing = self._find_plan(images)
+        _enqueue(plan.pinned)
+        self._write_images(images, missing)
+        _enqueue(plan.staged)
+
+    def send_rest(self, tokens: np.ndarray, noise: np.ndarray, num_image_rows: int) -> None:
+        """Write the other inputs and enqueue their copy."""
+        self._host_tokens[: len(tokens)] = tokens
+        self._host_lengths[0] = len(tokens)
+        self._host_lengths[1] = num_image_rows + len(tokens)
+        self._host_noise[...] = noise
+        self._rest.copy_(self._host_rest, non_blocking=True)
+
+    def _find_plan(self, images: Sequence[np.ndarray]) -> tuple[Plan, list[bool]]:
+        """Return the copies of a call, and which images the host has to write for them."""
         addresses = tuple(map(packed_address, images))
         # A plan keeps the memory that it reads alive, so at an address of a plan lies that memory.
         plan = self._plans.get(addresses)
         if plan is None or not all(addresses):
             addresses = tuple(map(self._memory.address_of, images))
-            self._write_images(images, addresses)
             plan = self._plans.get(addresses) or self._add_plan(addresses)
-        self._plan = plan
+        return plan, [not address for address in addresses]
 
-    def send_images(self, images: Sequence[np.ndarray]) -> None:
-        """Enqueue the copies of those images to the device that lie in pinned memory.
-
-        They have to stay as they are until the device has them. It is busy with them while the
-        host writes the rest, of which the other images are a part.
-        """
-        self.place_images(images)
-        _enqueue(self._plan.pinned)
-
-    def send_rest(self, tokens: np.ndarray, noise: np.ndarray, num_image_rows: int) -> None:
-        """Write the other inputs and enqueue the copy of all that the host wrote."""
-        host = self._host_views
-        host['tokens'][: len(tokens)] = tokens
-        host['lengths'][0] = len(tokens)
-        host['lengths'][1] = num_image_rows + len(tokens)
-        host['noise'][...] = noise
-        _enqueue(self._plan.staged)
-
-    def _write_images(self, images: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
-        """Write the images without an address into the host's buffer."""
+    def _write_images(self, images: Sequence[np.ndarray], is_missing: Sequence[bool]) -> None:
+        """Write those images into the host's buffer that lie elsewhere."""
         start = 0
-        for image, address, size in zip(images, addresses, self._sizes, strict=True):
-            if not address:
-                target = self._host_views['images'][start : start + size]
-                target.reshape(image.shape)[...] = image
+        for image, write, size in zip(images, is_missing, self._sizes, strict=True):
+            if write:
+                self._staged_images[start : start + size].reshape(image.shape)[...] = image
             start += size
 
     def _add_plan(self, addresses: tuple[int, ...]) -> Plan:
         """Return the fewest copies; what is not at an address comes from the host's buffer."""
         pinned: list[Copy] = []
         staged: list[Copy] = []
-        planned, end = 0, self._images_start
+        planned = end = 0
         for address, size in zip(addresses, self._sizes, strict=True):
             start, end = end, end + size
             if not address:
                 continue
             if planned < start:
-                staged.append((self._device[planned:start], self._host[planned:start]))
-            pinned.append((self._device[start:end], self._memory.tensor(address, size)))
+                staged.append((self.images[planned:start], self._host_images[planned:start]))
+            pinned.append((self.images[start:end], self._memory.tensor(address, size)))
             planned = end
         if planned < end:
-            staged.append((self._device[planned:end], self._host[planned:end]))
+            staged.append((self.images[planned:end], self._host_images[planned:end]))
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         self._plans[addresses] = Plan(pinned, staged)
@@ -201,9 +198,25 @@ class InputBuffers:
 
     def fill_with_longest(self, num_image_rows: int) -> None:
         """Put a call of the longest prompt on the device, for captures."""
-        longest = len(self._host_views['tokens'])
-        self._host_views['lengths'][:] = longest, num_image_rows + longest
-        self._device.copy_(self._host)
+        longest = len(self._host_tokens)
+        self._host_lengths[:] = longest, num_image_rows + longest
+        self._rest.copy_(self._host_rest)
+
+
+def _aligned_bytes(part: Part) -> int:
+    dtype, size = part
+    used = math.prod(size) * dtype.itemsize
+    return -(-used // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _split(buffer: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """Return a view of the bytes for each part, at aligned addresses behind each other."""
+    views, start = [], 0
+    for dtype, size in parts:
+        used = math.prod(size) * dtype.itemsize
+        views.append(buffer[start : start + used].view(dtype).view(size))
+        start += _aligned_bytes((dtype, size))
+    return views
 
 
 def _enqueue(copies: Sequence[Copy]) -> None:
@@ -212,7 +225,7 @@ def _enqueue(copies: Sequence[Copy]) -> None:
 
 
 class PreprocessStage:
-    """Resize with padding and the cut into patches; hands the noise to the denoise."""
+    """Resize with padding and the cut into patches."""
 
     def __init__(
         self,
@@ -221,13 +234,12 @@ class PreprocessStage:
         ops: Ops,
         inputs: InputBuffers,
         vision: VisionBuffers,
-        noise: torch.Tensor,
     ) -> None:
         device = inputs.images.device
         px, patch_px = config.vision.image_px, config.vision.patch_px
         self.tables = make_tables(shape.view_sizes_px, px, patch_px, device)
         self.scratch = torch.zeros(self.tables.scratch_bytes, dtype=torch.uint8, device=device)
-        self.ops, self.inputs, self.vision, self.noise = ops, inputs, vision, noise
+        self.ops, self.inputs, self.vision = ops, inputs, vision
 
     def launch(self) -> None:
         """Enqueue the stage on the current stream."""
@@ -238,4 +250,3 @@ class PreprocessStage:
             self.vision.patches,
             self.vision.patch_copies,
         )
-        self.noise.copy_(self.inputs.noise)

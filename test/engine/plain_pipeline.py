@@ -56,8 +56,7 @@ class PlainPipeline:
         else:
             weights = pack_vision(state, config, dtype, CPU)
             self.vision = VisionStage(weights, config, ops, views, prefix)
-        self.noise = torch.zeros(shape.horizon, config.action_dim)
-        self.preprocess = PreprocessStage(config, shape, ops, self.inputs, self.vision, self.noise)
+        self.preprocess = PreprocessStage(config, shape, ops, self.inputs, self.vision)
 
     @torch.inference_mode()
     def run_prefix(self, images, tokens, noise, rows: int | None = None) -> int:
@@ -74,7 +73,9 @@ class PlainPipeline:
         rows = self.run_prefix(images, tokens, noise)
         keys, values = self.prefill.keys[:, :rows], self.prefill.values[:, :rows]
         steps = num_steps or self.shape.num_steps
-        actions, _ = self._oracle.denoise(self.noise, PrefixCache(keys, values, None), steps)
+        actions, _ = self._oracle.denoise(
+            self.inputs.noise, PrefixCache(keys, values, None), steps
+        )
         return InferenceResult(actions.numpy(), StageTimes(*[float('nan')] * 7))
 
 

@@ -66,15 +66,13 @@ def _stage(
         'keys': torch.randn(shape, generator=generator).to(_DEVICE),
         'values': torch.randn(shape, generator=generator).to(_DEVICE),
         'n_prefix': torch.tensor([prefix], dtype=torch.int32, device=_DEVICE),
-        'horizon': horizon,
+        'noise': torch.randn(horizon, config.action_dim, generator=generator).to(_DEVICE),
         'max_steps': max_steps,
         'dtype': torch.float32,
         **changes,
     }
     stage = DenoiseStage(state, config, **arguments)
     stage.use_tuning(tuning)
-    noise = torch.randn(stage.noise.shape, generator=generator)
-    stage.noise.copy_(noise)
     return stage
 
 
@@ -190,6 +188,15 @@ def test_wrong_cache_dtype_is_refused(state):
 def test_wrong_prefix_counter_is_refused(state):
     with pytest.raises(BackendError, match='n_prefix must be one int32'):
         _stage(state, n_prefix=torch.tensor([4], device=_DEVICE))
+
+
+def test_wrong_noise_is_refused(state):
+    with pytest.raises(BackendError, match=r'noise must be contiguous \(horizon, 32\)'):
+        _stage(state, noise=torch.zeros(3, device=_DEVICE))
+    with pytest.raises(BackendError, match='noise must be float32'):
+        _stage(state, noise=torch.zeros(3, 32, dtype=torch.bfloat16, device=_DEVICE))
+    with pytest.raises(BackendError, match='horizon 0 and max_steps 3 must be at least 1'):
+        _stage(state, noise=torch.zeros(0, 32, device=_DEVICE))
 
 
 @pytest.mark.parametrize(('horizon', 'rows'), [(1, 16), (10, 16), (17, 32), (50, 64), (70, 64)])

@@ -64,12 +64,10 @@ def stage(monkeypatch, tmp_path) -> DenoiseStage:
     }
     keys, values = torch.randn(2, _CONFIG.expert.depth, _ROOM, 256).bfloat16()
     n_prefix = torch.tensor([_PREFIX], dtype=torch.int32)
-    stage = DenoiseStage(
-        state, _CONFIG, keys=keys, values=values, n_prefix=n_prefix, horizon=_HORIZON,
-        max_steps=_STEPS,
+    return DenoiseStage(
+        state, _CONFIG, keys=keys, values=values, n_prefix=n_prefix,
+        noise=torch.randn(_HORIZON, _CONFIG.action_dim), max_steps=_STEPS,
     )  # fmt: skip
-    stage.noise.normal_()
-    return stage
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='plain tensors are no stage of a GPU')
