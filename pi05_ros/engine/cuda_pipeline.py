@@ -104,7 +104,6 @@ class CudaPipeline(Pipeline):
         ops, denoise = self._ops.backend, self.denoise.chain.backend
         return {'vision': ops, 'prefill': ops, 'denoise': denoise}
 
-    @torch.inference_mode()
     def infer(
         self,
         images: Sequence[np.ndarray],
@@ -113,26 +112,23 @@ class CudaPipeline(Pipeline):
         num_steps: int | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> InferenceResult:
-        """Run the captured stages once; see :meth:`Pipeline.infer`."""
+        """Run the captured stages once; see :meth:`Pipeline.infer`.
+
+        What vision needs comes first: a host that has slept takes longer for every line here than
+        a stage for its first kernels.
+        """
         start = time.perf_counter()
         clock, stream = self._clock, self._stream
-        steps = self._check(images, tokens, noise, num_steps)
+        self.check_images(images)
         with self._on_stream:
             clock.mark(0, stream)
             self._inputs.send_images(images)
-            clock.mark(1, stream)
             self._preprocess_graph.replay()
-            clock.mark(2, stream)
             self._vision_graph.replay()
-            clock.mark(3, stream)
-        self._send_rest(tokens, noise)
+        steps = self._send_rest(tokens, noise, num_steps)
         with self._on_stream:
             self._prefill_graphs[self.prefill.bucket(len(tokens))].replay()
-            clock.mark(4, stream)
             self._denoise_graphs[steps].replay()
-            clock.mark(5, stream)
-            self._host_actions.copy_(self.denoise.actions, non_blocking=True)
-            clock.mark(6, stream)
         # The denoise still runs then, so the way back is warm for not long before it is taken.
         intervals_ms = clock.intervals_ms(0, 4)
         if meanwhile is not None:
@@ -144,7 +140,6 @@ class CudaPipeline(Pipeline):
         times = [*intervals_ms, total_ms]
         return InferenceResult(actions, StageTimes(*times))
 
-    @torch.inference_mode()
     def rehearse(
         self,
         images: Sequence[np.ndarray],
@@ -153,10 +148,11 @@ class CudaPipeline(Pipeline):
         num_steps: int | None = None,
     ) -> None:
         """Check a call and send its inputs to the device, where the next call's replace them."""
-        self._check(images, tokens, noise, num_steps)
+        self.check_images(images)
         with self._on_stream:
             self._inputs.send_images(images)
-        self._send_rest(tokens, noise)
+            self._preprocess_graph.replay()
+        self._send_rest(tokens, noise, num_steps)
 
     def image_buffer(self, num_bytes: int) -> np.ndarray:
         """Return page-locked memory; an image in it is copied to the device from there.
@@ -252,7 +248,11 @@ class CudaPipeline(Pipeline):
         image_rows = num_views * config.vision.tokens_per_view
         self._ops = choose_ops(config, image_rows, self.precision, device)
         prefill_weights = pack_prefill(state, config, dtype, device, self._ops)
-        self._inputs = InputBuffers(config, shape, device)
+        # Written by every call, outside of the inference mode, which takes time to enter.
+        with torch.inference_mode(False):
+            self._inputs = InputBuffers(config, shape, device)
+            self._host_actions = torch.empty(shape.horizon, config.action_dim, pin_memory=True)
+        self._host_view = self._host_actions.numpy()
         self.prefill = PrefillStage(
             prefill_weights,
             config,
@@ -275,8 +275,6 @@ class CudaPipeline(Pipeline):
         )
         state.clear()
         self.preprocess = PreprocessStage(config, shape, self._ops, self._inputs, self.vision)
-        self._host_actions = torch.empty(self.denoise.actions.shape, pin_memory=True)
-        self._host_view = self._host_actions.numpy()
 
     def _build_vision(self, state: State, num_views: int) -> VisionStage | FoldedVisionStage:
         config, ops, prefix = self.config, self._ops, self.prefill.prefix
@@ -292,21 +290,34 @@ class CudaPipeline(Pipeline):
         """Capture every graph that a call can need, all sharing one memory pool."""
         pool, stream = torch.cuda.graph_pool_handle(), self._stream
         self._inputs.fill_with_longest(self.prefill.num_image_rows)
+        clock = self._clock = StageClock(7)
 
-        def graph(name: str, launch: Callable[[], None]) -> StageGraph:
-            return StageGraph(name, launch, stream, pool)
+        def graph(name: str, launch: Callable[[], None], mark: int) -> StageGraph:
+            def launch_and_mark() -> None:
+                launch()
+                clock.mark(mark, stream)
 
-        self._preprocess_graph = graph('preprocess', self.preprocess.launch)
-        self._vision_graph = graph('vision', self.vision.launch)
+            return StageGraph(name, launch_and_mark, stream, pool)
+
+        def preprocess() -> None:
+            clock.mark(1, stream)
+            self.preprocess.launch()
+
+        def denoise(steps: int) -> None:
+            self.denoise.launch(steps)
+            clock.mark(5, stream)
+            self._host_actions.copy_(self.denoise.actions, non_blocking=True)
+
+        self._preprocess_graph = graph('preprocess', preprocess, 2)
+        self._vision_graph = graph('vision', self.vision.launch, 3)
         self._prefill_graphs = {
-            rows: graph(f'prefill of {rows} rows', partial(self.prefill.launch, rows))
+            rows: graph(f'prefill of {rows} rows', partial(self.prefill.launch, rows), 4)
             for rows in self.prefill.buckets
         }
         self._denoise_graphs = {
-            steps: graph(f'denoise of {steps} steps', partial(self.denoise.launch, steps))
+            steps: graph(f'denoise of {steps} steps', partial(denoise, steps), 6)
             for steps in range(1, self.shape.max_steps + 1)
         }
-        self._clock = StageClock(7)
 
     def _denoise_states(self, num_steps: int) -> list[torch.Tensor]:
         """Return x_t after each Euler step, (H, A) each."""
@@ -319,25 +330,19 @@ class CudaPipeline(Pipeline):
             states.append(stage.actions.clone())
         return states
 
-    def _check(
-        self,
-        images: Sequence[np.ndarray],
-        tokens: np.ndarray,
-        noise: np.ndarray,
-        num_steps: int | None,
-    ) -> int:
-        """Refuse a call that does not fit; return its step count."""
-        steps = self.shape.num_steps if num_steps is None else num_steps
-        self.check_call(images, tokens, noise, steps)
-        self._check_tokens(tokens)
-        return steps
+    def _send_rest(self, tokens: np.ndarray, noise: np.ndarray, num_steps: int | None) -> int:
+        """Send what vision does not need, on a stream beside it; the next stage waits for it.
 
-    def _send_rest(self, tokens: np.ndarray, noise: np.ndarray) -> None:
-        """Send what vision does not need on a stream beside it, for which the next stage waits."""
+        Returns: the step count of the call.
+        """
+        steps = self.shape.num_steps if num_steps is None else num_steps
+        self.check_rest(tokens, noise, steps)
+        self._check_tokens(tokens)
         with self._on_side:
             self._inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
             self._rest_sent.record(self._side)
         self._stream.wait_event(self._rest_sent)
+        return steps
 
     def _check_tokens(self, tokens: np.ndarray) -> None:
         low, high = int(tokens.min()), int(tokens.max())

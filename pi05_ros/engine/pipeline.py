@@ -17,6 +17,7 @@ from pi05_ros.model.config import Pi05Config
 from pi05_ros.model.errors import Pi05Error
 
 STAGES = ('vision', 'prefill', 'denoise')
+_UINT8 = np.dtype(np.uint8)
 
 
 class BackendError(Pi05Error):
@@ -100,7 +101,7 @@ class Pipeline(ABC):
             meanwhile: called once while the device computes, if the host only waits for it; what
                 it does must be short against the denoise.
         Raises:
-            BackendError: an argument does not fit ``shape``; nothing ran.
+            BackendError: an argument does not fit ``shape``.
         """
 
     def rehearse(
@@ -137,17 +138,25 @@ class Pipeline(ABC):
         num_steps: int,
     ) -> None:
         """Refuse arguments that do not fit :attr:`shape`, naming the one that does not."""
-        sizes = tuple(image.shape[:2] for image in images)
+        self.check_images(images)
+        self.check_rest(tokens, noise, num_steps)
+
+    def check_images(self, images: Sequence[np.ndarray]) -> None:
+        """Refuse images that do not fit :attr:`shape`."""
+        sizes = tuple([image.shape[:2] for image in images])
         if sizes != self.shape.view_sizes_px:
             raise BackendError(
                 f'images are {sizes} (height, width), the pipeline was built for '
                 f'{self.shape.view_sizes_px}; reconfigure to change a camera size'
             )
         for view, image in enumerate(images):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            if image.dtype != _UINT8 or image.ndim != 3 or image.shape[2] != 3:
                 raise BackendError(
                     f'view {view}: expected (h, w, 3) uint8, got {image.shape} {image.dtype}'
                 )
+
+    def check_rest(self, tokens: np.ndarray, noise: np.ndarray, num_steps: int) -> None:
+        """Refuse other arguments that do not fit :attr:`shape`."""
         longest = self.shape.max_prompt_tokens
         if tokens.ndim != 1 or not 1 <= tokens.shape[0] <= longest:
             raise BackendError(f'expected 1 to {longest} prompt tokens, got shape {tokens.shape}')

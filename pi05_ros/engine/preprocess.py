@@ -30,9 +30,16 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Plan:
-    """The copies of a call's images: of those in lent memory, then of what the host writes."""
+    """How the images of a call get to the device.
+
+    Args:
+        pinned: copies of those in lent memory.
+        written: the other views, which the host writes into its own buffer.
+        staged: copies of these.
+    """
 
     pinned: list[Copy]
+    written: list[int]
     staged: list[Copy]
 
 
@@ -105,6 +112,7 @@ class InputBuffers:
     def __init__(self, config: Pi05Config, shape: PipelineShape, device: torch.device) -> None:
         is_pinned = device.type == 'cuda'
         self._sizes = [height * width * 3 for height, width in shape.view_sizes_px]
+        self._starts = [sum(self._sizes[:view]) for view in range(len(self._sizes))]
         self._memory = PinnedMemory(is_pinned)
         self.images = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
         self._host_images = torch.zeros(sum(self._sizes), dtype=torch.uint8, pin_memory=is_pinned)
@@ -135,8 +143,8 @@ class InputBuffers:
 
     def place_images(self, images: Sequence[np.ndarray]) -> Plan:
         """Do the host's part of :meth:`send_images`; return the copies, which are not enqueued."""
-        plan, missing = self._find_plan(images)
-        self._write_images(images, missing)
+        plan = self._find_plan(images)
+        self._write_images(images, plan.written)
         return plan
 
     def send_images(self, images: Sequence[np.ndarray]) -> None:
@@ -145,9 +153,9 @@ class InputBuffers:
         Those in lent memory have to stay as they are until the device has them; it is busy with
         them while the host writes the others.
         """
-        plan, missing = self._find_plan(images)
+        plan = self._find_plan(images)
         _enqueue(plan.pinned)
-        self._write_images(images, missing)
+        self._write_images(images, plan.written)
         _enqueue(plan.staged)
 
     def send_rest(self, tokens: np.ndarray, noise: np.ndarray, num_image_rows: int) -> None:
@@ -158,23 +166,21 @@ class InputBuffers:
         self._host_noise[...] = noise
         self._rest.copy_(self._host_rest, non_blocking=True)
 
-    def _find_plan(self, images: Sequence[np.ndarray]) -> tuple[Plan, list[bool]]:
-        """Return the copies of a call, and which images the host has to write for them."""
+    def _find_plan(self, images: Sequence[np.ndarray]) -> Plan:
         addresses = tuple(map(packed_address, images))
         # A plan keeps the memory that it reads alive, so at an address of a plan lies that memory.
         plan = self._plans.get(addresses)
-        if plan is None or not all(addresses):
+        if plan is None:
             addresses = tuple(map(self._memory.address_of, images))
             plan = self._plans.get(addresses) or self._add_plan(addresses)
-        return plan, [not address for address in addresses]
+        return plan
 
-    def _write_images(self, images: Sequence[np.ndarray], is_missing: Sequence[bool]) -> None:
-        """Write those images into the host's buffer that lie elsewhere."""
-        start = 0
-        for image, write, size in zip(images, is_missing, self._sizes, strict=True):
-            if write:
-                self._staged_images[start : start + size].reshape(image.shape)[...] = image
-            start += size
+    def _write_images(self, images: Sequence[np.ndarray], views: Sequence[int]) -> None:
+        """Write images of these views into the host's buffer."""
+        for view in views:
+            start, image = self._starts[view], images[view]
+            target = self._staged_images[start : start + image.nbytes]
+            target.reshape(image.shape)[...] = image
 
     def _add_plan(self, addresses: tuple[int, ...]) -> Plan:
         """Return the fewest copies; what is not at an address comes from the host's buffer."""
@@ -193,7 +199,8 @@ class InputBuffers:
             staged.append((self.images[planned:end], self._host_images[planned:end]))
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        self._plans[addresses] = Plan(pinned, staged)
+        written = [view for view, address in enumerate(addresses) if not address]
+        self._plans[addresses] = Plan(pinned, written, staged)
         return self._plans[addresses]
 
     def fill_with_longest(self, num_image_rows: int) -> None:
