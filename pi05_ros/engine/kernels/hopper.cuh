@@ -147,8 +147,14 @@ __device__ __forceinline__ uint4 load_l2(const void* source) {
   return v;
 }
 
-// The same into shared memory, in the background, in groups that arrive in order. A thread waits
-// for all of its groups but the last few.
+// 8 bytes to device memory at once, where the compiler makes two stores of an assignment.
+__device__ __forceinline__ void store_global(void* target, u32 first, u32 second) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(target), "r"(first), "r"(second)
+               : "memory");
+}
+
+// 16 bytes from L2 into shared memory, in the background, in groups that arrive in order. A thread
+// waits for all of its groups but the last few.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                "l"(source)

@@ -16,11 +16,10 @@ constexpr int kMultiplying = 2 * 128, kThreads = kMultiplying + 128;
 constexpr int kDepth = 64;               // columns of K per stage
 constexpr int kParts = FEATURES / 128;   // a warpgroup's instructions of 64 features
 constexpr int kWeightBytes = FEATURES * 128, kStageBytes = kWeightBytes + TOKENS * 128;
-// Features come in boxes that the blocks of a cluster share out.
-constexpr int kBoxes = CLUSTER == 3 ? 8 : CLUSTER, kBoxRows = FEATURES / kBoxes;
+constexpr int kBoxRows = FEATURES / CLUSTER;  // of the features, what a block brings for all
 static_assert(FEATURES == 128 || FEATURES == 256, "one or two instructions per warpgroup");
 static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "columns of an instruction");
-static_assert(kBoxRows % 8 == 0 && kBoxRows * kBoxes == FEATURES, "boxes keep the swizzle's period");
+static_assert(kBoxRows % 8 == 0 && kBoxRows * CLUSTER == FEATURES, "the swizzle repeats after 8 rows");
 
 DYNAMIC_SHARED(shared_memory);
 
@@ -96,16 +95,11 @@ __device__ __forceinline__ bool brings() { return threadIdx.x < kMultiplying + 3
 
 __device__ __forceinline__ void bring_features(const TensorMap& weight, int column, int feature0,
                                                char* target, u64* arrived) {
-#pragma unroll
-  for (int i = 0; i < kBoxes; i += CLUSTER) {
-    int box = i + blockIdx.x % CLUSTER;
-    if (kBoxes % CLUSTER && box >= kBoxes) break;
-    int row = box * kBoxRows;
-    if (CLUSTER == 1)
-      load_tile(target, &weight, column, feature0, arrived);
-    else
-      load_tile(target + row * 128, &weight, column, feature0 + row, arrived, (1 << CLUSTER) - 1);
-  }
+  int row = blockIdx.x % CLUSTER * kBoxRows;
+  if (CLUSTER == 1)
+    load_tile(target, &weight, column, feature0, arrived);
+  else
+    load_tile(target + row * 128, &weight, column, feature0 + row, arrived, (1 << CLUSTER) - 1);
 }
 
 __device__ __forceinline__ void bring_tokens(const TensorMap& x, int column, int token0,
@@ -142,31 +136,38 @@ __device__ __forceinline__ void give_back(Barriers& barriers, int stage) {
   if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive(barriers.empty + stage, lane);
 }
 
+// Begin the products of a stage that has arrived; those of a tile's first one begin the sums.
+template <bool kFirst>
+__device__ __forceinline__ void multiply_stage(Sums& sums, const char* stage, int warpgroup) {
+  u64 a = tile_operand(stage + warpgroup * (kWeightBytes / 2));
+  u64 b = tile_operand(stage + kWeightBytes);
+  wgmma_begin();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++)
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      u64 features = a + part * (64 * 128 / 16) + k * 2;
+      if (kFirst && k == 0)
+        wgmma_first<TOKENS>(sums.acc[part], features, b);
+      else
+        wgmma<TOKENS>(sums.acc[part], features, b + k * 2);
+    }
+  wgmma_commit();
+}
+
 __device__ __forceinline__ void multiply_tile(Sums& sums, int steps, Barriers& barriers,
                                               Place& place) {
   // The shuffle tells the compiler that the threads of a warp agree.
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-#pragma unroll
-  for (int part = 0; part < kParts; part++) {
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) sums.acc[part][i] = 0.f;
-    keep_order(sums.acc[part]);  // zeros set between products make these wait for each other
-  }
-  int last = -1;  // the stage whose products may not be complete
-  for (int step = 0; step < steps; step++, place.advance()) {
+  barrier_wait(barriers.full + place.stage, place.parity);
+  multiply_stage<true>(sums, stage_memory(place.stage), warpgroup);
+  int last = place.stage;  // whose products may not be complete
+  place.advance();
+  for (int step = 1; step < steps; step++, place.advance()) {
     barrier_wait(barriers.full + place.stage, place.parity);
-    const char* stage = stage_memory(place.stage);
-    u64 a = tile_operand(stage + warpgroup * (kWeightBytes / 2));
-    u64 b = tile_operand(stage + kWeightBytes);
-    wgmma_begin();
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; k++)
-#pragma unroll
-      for (int part = 0; part < kParts; part++)
-        wgmma<TOKENS>(sums.acc[part], a + part * (64 * 128 / 16) + k * 2, b + k * 2);
-    wgmma_commit();
+    multiply_stage<false>(sums, stage_memory(place.stage), warpgroup);
     wgmma_wait<1>();
-    if (last >= 0) give_back(barriers, last);
+    give_back(barriers, last);
     last = place.stage;
   }
   wgmma_wait<0>();

@@ -16,7 +16,7 @@ class Tiling:
 
     Args:
         features, tokens: of a tile.
-        cluster: blocks with different tokens that share their features' weights: 1 to 4 or 8.
+        cluster: blocks with different tokens that share their features' weights: 1, 2, 4 or 8.
     """
 
     features: int
@@ -45,7 +45,7 @@ class Tiling:
 
     def box_rows(self) -> int:
         """Return how many rows of the weight are copied at once."""
-        return self.features // (8 if self.cluster == 3 else self.cluster)
+        return self.features // self.cluster
 
     def step_clocks(self) -> int:
         """Return what 64 columns of K of a tile cost a multiprocessor, in clocks.

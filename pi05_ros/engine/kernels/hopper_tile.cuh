@@ -132,6 +132,9 @@ __device__ __forceinline__ void wgmma_wait(float (&acc)[N]) {
 // acc (64 x N, fp32) += a (64 x 16) b (N x 16)^T, by the four warps of a warpgroup.
 template <int N>
 __device__ __forceinline__ void wgmma(float (&acc)[N / 2], u64 a, u64 b);
+// acc = a b^T, whatever acc was: sums begin so without zeros being written first.
+template <int N>
+__device__ __forceinline__ void wgmma_first(float (&acc)[N / 2], u64 a, u64 b);
 
 // The same with a in registers, as load_matrix4 brings it: its rows and columns lie where acc has
 // those of 16 columns, in pairs.
@@ -208,15 +211,18 @@ __device__ __forceinline__ void wgmma_rows(float (&acc)[N / 2], const u32 (&a)[4
 #define SUMS_120 SUMS_116, SUMS_OF_4(116)
 #define SUMS_124 SUMS_120, SUMS_OF_4(120)
 #define SUMS_128 SUMS_124, SUMS_OF_4(124)
-#define WGMMA(N, SUMS, A, B)                                                                \
+#define WGMMA_TILES(NAME, COMPARE, N, SUMS, A, B)                                           \
   template <>                                                                               \
-  __device__ __forceinline__ void wgmma<N>(float (&acc)[N / 2], u64 a, u64 b) {             \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                            \
+  __device__ __forceinline__ void NAME<N>(float (&acc)[N / 2], u64 a, u64 b) {              \
+    asm volatile("{\n.reg .pred add;\nsetp." #COMPARE ".u32 add, 0, 0;\n"                  \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "                 \
                  "{" NAMES_##SUMS "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}"                \
                  : SUMS_##SUMS                                                              \
                  : "l"(a), "l"(b));                                                         \
   }
+#define WGMMA(N, SUMS, A, B)                  \
+  WGMMA_TILES(wgmma, eq, N, SUMS, A, B)       \
+  WGMMA_TILES(wgmma_first, ne, N, SUMS, A, B)
 WGMMA(8, 4, 4, 5)
 WGMMA(16, 8, 8, 9)
 WGMMA(24, 12, 12, 13)

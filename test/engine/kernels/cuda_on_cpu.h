@@ -137,6 +137,10 @@ static inline void settle(int number) {
   if (number < 0) cpu::fail("settle: a negative number");
 }
 static inline uint4 load_l2(const void* source) { return *(const uint4*)source; }
+static inline void store_global(void* target, u32 first, u32 second) {
+  if ((u64)target % 8) cpu::fail("store_global is not aligned");
+  *(uint2*)target = make_uint2(first, second);
+}
 static inline void copy_async(void* target, const void* source) {
   if (((u64)target | (u64)source) % 16) cpu::fail("copy_async is not aligned");
   memset(target, 0xff, 16);

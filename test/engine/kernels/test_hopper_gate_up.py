@@ -45,10 +45,9 @@ def _twin(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (Tiling(256, 40, 1), 70, 512, 832, 2),
         (Tiling(256, 24, 1), 20, 256, 64, 4),
         (Tiling(256, 56, 2), 150, 512, 448, 2),
-        (Tiling(256, 72, 3), 150, 512, 384, 3),
         (Tiling(256, 96, 2), 330, 256, 128, 4),
     ],
-    ids=['ragged', 'several-tiles-per-block', 'one-step', 'pairs', 'threes', 'short-depth'],
+    ids=['ragged', 'several-tiles-per-block', 'one-step', 'pairs', 'short-depth'],
 )
 def test_gate_up_matches_its_twin(tmp_path_factory, tiling, rows, features, depth, processors):
     library = tmp_path_factory.mktemp('gate_up') / 'gate_up.so'

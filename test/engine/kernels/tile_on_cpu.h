@@ -80,8 +80,8 @@ static const void* operand_tile(u64 operand) {
   return (const void*)(address / kTileAlign * kTileAlign);
 }
 
-// This thread's part of acc (64 x n) += a (64 x 16) b (n x 16)^T.
-static void multiply(float* acc, int n, u64 a, u64 b) {
+// This thread's part of acc (64 x n) += a (64 x 16) b (n x 16)^T, or = if acc does not count.
+static void multiply(float* acc, int n, u64 a, u64 b, bool add) {
   if ((a | b) >> 63) fail("narrow tiles are multiplied with registers");
   int lane = thread_index.x % 32, warp = thread_index.x / 32 % 4;
   const void *a_tile = operand_tile(a), *b_tile = operand_tile(b);
@@ -97,8 +97,10 @@ static void multiply(float* acc, int n, u64 a, u64 b) {
       float of_b = low(*in_tile(b_tile, column, b_column + k));
       sums[0] += of_a[0][k] * of_b, sums[1] += of_a[1][k] * of_b;
     }
-    acc[i / 2 * 4 + i % 2] += sums[0];
-    acc[i / 2 * 4 + i % 2 + 2] += sums[1];
+    for (int half = 0; half < 2; half++) {
+      float& sum = acc[i / 2 * 4 + i % 2 + half * 2];
+      sum = add ? sum + sums[half] : sums[half];
+    }
   }
 }
 
@@ -182,13 +184,18 @@ static inline u64 narrow_operand(const void* shared) {
   return (u64)shared >> 4 | cpu::kNarrow;
 }
 static inline void wgmma_begin() { cpu::thread->products.begun = true; }
-template <int N>
+template <int N, bool kAdd = true>
 static inline void wgmma(float (&acc)[N / 2], u64 a, u64 b) {
   static_assert(N % 8 == 0 && N <= 256, "columns of wgmma");
   if (!cpu::thread->products.begun) cpu::fail("wgmma without wgmma_begin");
   cpu::thread->products.count++;
   float* sums = acc;
-  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b); }, true);
+  cpu::begin_task(cpu::thread->products, [=] { cpu::multiply(sums, N, a, b, kAdd); }, true);
+}
+template <int N>
+static inline void wgmma_first(float (&acc)[N / 2], u64 a, u64 b) {
+  std::fill(acc, acc + N / 2, NAN);  // who still adds to them sees it
+  wgmma<N, false>(acc, a, b);
 }
 template <int N>
 static inline void wgmma(float (&acc)[N / 2], const u32 (&a)[4], u64 b) {
