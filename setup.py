@@ -41,7 +41,7 @@ REQUIREMENTS = [
     'rosbags>=0.10',
     'safetensors',
     'sentencepiece',
-    'torch>=2.4',
+    'torch>=2.8',  # CUDA graphs record events
 ]
 
 

@@ -114,8 +114,8 @@ class CudaPipeline(Pipeline):
     ) -> InferenceResult:
         """Run the captured stages once; see :meth:`Pipeline.infer`.
 
-        What vision needs comes first: a host that has slept takes longer for every line here than
-        a stage for its first kernels.
+        What vision needs comes first: behind a pause every line takes the host several times as
+        long. Tokens and noise are checked while it runs.
         """
         start = time.perf_counter()
         clock, stream = self._clock, self._stream
@@ -147,7 +147,7 @@ class CudaPipeline(Pipeline):
         noise: np.ndarray,
         num_steps: int | None = None,
     ) -> None:
-        """Check a call and send its inputs to the device, where the next call's replace them."""
+        """Check a call and go through it up to vision; the next call replaces what is sent."""
         self.check_images(images)
         with self._on_stream:
             self._inputs.send_images(images)
@@ -172,7 +172,11 @@ class CudaPipeline(Pipeline):
         Raises:
             BackendError: the pipeline was built for other image sizes than the views have.
         """
-        self.rehearse(list(views), tokens, noise, num_steps)
+        images = list(views)
+        self.check_images(images)
+        with torch.cuda.stream(self._stream):
+            self._inputs.send_images(images)
+        self._send_rest(tokens, noise, num_steps)
         with torch.cuda.stream(self._stream):
             self.launch_prefix(self.prefill.bucket(len(tokens)))
             states = [self.denoise.noise.clone(), *self._denoise_states(num_steps)]

@@ -207,11 +207,11 @@ def test_images_in_page_locked_memory_give_the_same_bits_without_a_copy(build, l
     pipeline, inputs = build(2, 50), make_inputs(2, 50)
     expected = call(pipeline, inputs)
     call(pipeline, make_inputs(2, 50, seed=7))
-    before = pipeline._inputs._host_views['images'].copy()
+    before = pipeline._inputs._staged_images.copy()
     pinned = in_lent_memory(pipeline, inputs.images)
     images = [pinned[i] if i in lent else image for i, image in enumerate(inputs.images)]
     assert np.array_equal(call(pipeline, replace(inputs, images=images)), expected)
-    after = pipeline._inputs._host_views['images']
+    after = pipeline._inputs._staged_images
     size = inputs.images[0].nbytes
     for view in range(2):
         part = slice(view * size, (view + 1) * size)
@@ -330,10 +330,28 @@ def test_a_call_leaves_the_callers_stream_current(build):
 
 
 def test_calls_outside_the_shape_are_refused(build):
-    pipeline, inputs = build(2, 50), make_inputs(2, 50)
+    pipeline, inputs, other = build(2, 50), make_inputs(2, 50), make_inputs(2, 50, seed=8)
+    expected = call(pipeline, inputs)
+    with pytest.raises(BackendError, match='images are .*, the pipeline was built for'):
+        call(pipeline, replace(inputs, images=[image[1:] for image in other.images]))
+    for change, match in (
+        ({'tokens': np.array([257152])}, 'token 257152 is outside the vocabulary'),
+        ({'tokens': np.zeros(201, np.int64)}, 'expected 1 to 200 prompt tokens'),
+        ({'noise': other.noise.astype(np.float64)}, 'noise must be .* float32'),
+    ):
+        with pytest.raises(BackendError, match=match):
+            call(pipeline, replace(other, **change))
+        assert np.array_equal(call(pipeline, inputs), expected)
     with pytest.raises(BackendError, match='num_steps 11 is outside 1 to 10'):
-        call(pipeline, inputs, 11)
-    with pytest.raises(BackendError, match='token 257152 is outside the vocabulary'):
-        call(pipeline, replace(inputs, tokens=np.array([257152])))
-    with pytest.raises(BackendError, match='expected 1 to 200 prompt tokens'):
-        call(pipeline, replace(inputs, tokens=np.zeros(201, np.int64)))
+        call(pipeline, other, 11)
+    assert np.array_equal(call(pipeline, inputs), expected)
+
+
+def test_calls_that_follow_at_once_mix_no_inputs(build):
+    """Tokens and noise are sent beside vision, into the memory that the call before read."""
+    pipeline = build(2, 50)
+    cases = [make_inputs(2, 50, tokens, seed=tokens) for tokens in (9, 40, 200)]
+    expected = [call(pipeline, inputs, 1) for inputs in cases]
+    for _ in range(30):
+        for inputs, actions in zip(cases, expected, strict=True):
+            assert np.array_equal(call(pipeline, inputs, 1), actions)
