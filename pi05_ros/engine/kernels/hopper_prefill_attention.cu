@@ -8,7 +8,8 @@
 #include "hopper_lanes.cuh"
 #include "hopper_tile.cuh"
 
-constexpr int kDim = 256, kQueries = 64, kKeys = 64, kStages = 6;
+constexpr int kDim = 256, kQueries = 64, kKeys = 64;
+constexpr int kStages = 3;  // of keys or values, for each warpgroup
 constexpr int kConsumers = 2, kMultiplying = 128 * kConsumers, kThreads = kMultiplying + 128;
 constexpr int kHeld = 8;  // steps of 16 columns of the queries that stay in registers
 constexpr int kColumnTiles = kDim / 64, kTileBytes = 64 * 128;  // of queries, keys or values
@@ -21,12 +22,9 @@ DYNAMIC_SHARED(shared_memory);
 __device__ __forceinline__ char* query_memory() {
   return (char*)(((u64)shared_memory + 1023) / 1024 * 1024);
 }
-__device__ __forceinline__ char* stage_memory(int stage) {
-  return query_memory() + kQueryBytes + stage * kStageBytes;
-}
 
 struct Barriers {
-  u64 full[kStages], empty[kStages];
+  u64 full[kConsumers][kStages], empty[kConsumers][kStages];
   u64 first[kColumnTiles];  // columns of the queries and the first keys: products begin with them
 };
 
@@ -44,81 +42,86 @@ struct Work {
   __device__ __forceinline__ int first_key(int consumer, int i) const {
     return (2 * i + consumer) * kKeys;
   }
-  // The stages that are a warpgroup's in a round.
-  __device__ __forceinline__ int stages_of(int consumer, int round) const {
-    int own = tiles_of(consumer);
-    return (round < own) + (round > 0 && round <= own);
-  }
 };
 
-// A place in the ring of stages. Keys and values come in rounds, in the order in which they are
-// used: for each warpgroup its next keys, then the values of the keys before them.
+// A place in a warpgroup's ring of stages. Keys and values come in the order in which they are used:
+// the next keys, then the values of the keys before them. The rings are apart, for a wait tells a
+// phase of a barrier from the one before it, but not from the one before that: whoever waits at a
+// barrier has to wait for each of its phases.
 struct Ring {
   Barriers& barriers;
-  int stage, parity;
+  int consumer, stage = 0, parity = 0;
 
+  __device__ __forceinline__ Ring(Barriers& barriers, int consumer)
+      : barriers(barriers), consumer(consumer) {}
+  __device__ __forceinline__ char* memory(int stage) const {
+    return query_memory() + kQueryBytes + (consumer * kStages + stage) * kStageBytes;
+  }
   __device__ __forceinline__ int take() {
     int taken = stage;
-    skip(1);
+    if (++stage == kStages) stage = 0, parity ^= 1;
     return taken;
   }
-  __device__ __forceinline__ void skip(int stages) {
-    stage += stages;
-    if (stage >= kStages) stage -= kStages, parity ^= 1;
-  }
-  __device__ __forceinline__ void wait_full() const { barrier_wait(barriers.full + stage, parity); }
+  __device__ __forceinline__ u64* full() const { return barriers.full[consumer] + stage; }
+  __device__ __forceinline__ void wait_full() const { barrier_wait(full(), parity); }
   __device__ __forceinline__ void wait_empty() const {
-    barrier_wait(barriers.empty + stage, parity ^ 1);
+    barrier_wait(barriers.empty[consumer] + stage, parity ^ 1);
   }
   // Says that this warp has read a stage.
   __device__ __forceinline__ void give_back(int taken) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(barriers.empty + taken);
+    if (threadIdx.x % 32 == 0) barrier_arrive(barriers.empty[consumer] + taken);
   }
 };
 
 struct Producer {
   const TensorMap &q, &keys, &values;
-  Ring ring;
+  Barriers& barriers;
 
   __device__ __forceinline__ void bring_queries() const {
 #pragma unroll 1
     for (int i = 0; i < kColumnTiles; i++) {
-      u64* full = ring.barriers.first + i;
+      u64* full = barriers.first + i;
       barrier_expect(full, kTileBytes);
       load_tile(query_memory() + i * kTileBytes, &q, i * 64, blockIdx.x * kQueries, full);
     }
   }
-  __device__ __forceinline__ void bring(const TensorMap& map, int first_key, bool by_columns) {
+  __device__ __forceinline__ void bring(const TensorMap& map, Ring& ring, int first_key,
+                                        bool by_columns) const {
     ring.wait_empty();
-    int stage = ring.take();
-    u64* full = ring.barriers.full + stage;
+    u64* full = ring.full();
+    char* target = ring.memory(ring.take());
     if (by_columns)
       barrier_arrive(full);
     else
       barrier_expect(full, kStageBytes);
 #pragma unroll 1
     for (int i = 0; i < kColumnTiles; i++) {
-      u64* columns = by_columns ? ring.barriers.first + i : full;
+      u64* columns = by_columns ? barriers.first + i : full;
       if (by_columns) barrier_expect(columns, kTileBytes);
-      load_tile(stage_memory(stage) + i * kTileBytes, &map, i * 64, first_key, columns);
+      load_tile(target + i * kTileBytes, &map, i * 64, first_key, columns);
     }
   }
-  __device__ __forceinline__ void run(const Work& work) {
+  // What a warpgroup uses in a round.
+  __device__ __forceinline__ void bring_round(const Work& work, Ring& ring, int round) const {
+    int own = work.tiles_of(ring.consumer);
+    if (round < own)
+      bring(keys, ring, work.first_key(ring.consumer, round), round + ring.consumer == 0);
+    if (round > 0 && round <= own)
+      bring(values, ring, work.first_key(ring.consumer, round - 1), false);
+  }
+  __device__ __forceinline__ void run(const Work& work) const {
+    Ring first(barriers, 0), second(barriers, 1);
 #pragma unroll 1
     for (int round = 0; round <= work.tiles_of(0); round++) {
-#pragma unroll 1
-      for (int consumer = 0; consumer < kConsumers; consumer++) {
-        int own = work.tiles_of(consumer);
-        if (round < own) bring(keys, work.first_key(consumer, round), round + consumer == 0);
-        if (round > 0 && round <= own) bring(values, work.first_key(consumer, round - 1), false);
-      }
+      bring_round(work, first, round);
+      bring_round(work, second, round);
     }
   }
   // Nothing may be on its way into the memory of a block that ends.
   __device__ __forceinline__ void end_without_work() const {
     for (int i = 0; i < kColumnTiles; i++) {
-      barrier_arrive(ring.barriers.first + i);
-      barrier_wait(ring.barriers.first + i, 0);
+      barrier_arrive(barriers.first + i);
+      barrier_wait(barriers.first + i, 0);
     }
   }
 };
@@ -260,42 +263,35 @@ __device__ __forceinline__ void begin_last_sums(float (&out)[kDim / 2],
 struct Consumer {
   const Work& work;
   Ring ring;
-  int consumer, tiles;
 
-  // To this warpgroup's stages of the next round.
-  __device__ __forceinline__ void end_round(int round) {
-    ring.skip(consumer == 0 ? work.stages_of(1, round) : work.stages_of(0, round + 1));
-  }
   __device__ __forceinline__ void run(float (&sums)[kDim / 2], Rows& rows, float scale) {
+    int tiles = work.tiles_of(ring.consumer);
     if (tiles == 0) return;
     float scores[kKeys / 2];
     u32 weights[kKeys / 16][4];
     Queries queries;
-    int valid = work.valid - work.first_key(consumer, 0);  // keys from this tile on
-    if (consumer == 1) ring.skip(work.stages_of(0, 0));
+    int valid = work.valid - work.first_key(ring.consumer, 0);  // keys from this tile on
     ring.wait_full();
     int of_keys = ring.take();
-    u64 keys = tile_operand(stage_memory(of_keys));
+    u64 keys = tile_operand(ring.memory(of_keys));
     queries.begin_first_scores(scores, keys, ring.barriers.first);
     queries.hold();
     wgmma_wait<0>(scores);
     ring.give_back(of_keys);
     rows.weigh(scores, scale, valid);
     round_weights(weights, scores);
-    end_round(0);
     ring.wait_full();
     for (int i = 1; i < tiles; i++) {
       of_keys = ring.take();
-      queries.begin_scores(scores, tile_operand(stage_memory(of_keys)));
+      queries.begin_scores(scores, tile_operand(ring.memory(of_keys)));
       ring.wait_full();
       int of_values = ring.take();
       scale_rows(sums, rows.decay);
-      begin_sums(sums, weights, rows_operand(stage_memory(of_values), kTileBytes));
+      begin_sums(sums, weights, rows_operand(ring.memory(of_values), kTileBytes));
       wgmma_wait<1>(scores);
       ring.give_back(of_keys);
       rows.weigh(scores, scale, valid - i * kKeys * kConsumers);
       keep_order(scores);
-      end_round(i);
       ring.wait_full();
       wgmma_wait<0>(sums);
       ring.give_back(of_values);
@@ -303,7 +299,7 @@ struct Consumer {
     }
     int of_values = ring.take();
     scale_rows(sums, rows.decay);
-    begin_last_sums(sums, weights, rows_operand(stage_memory(of_values), kTileBytes),
+    begin_last_sums(sums, weights, rows_operand(ring.memory(of_values), kTileBytes),
                     valid - (tiles - 1) * kKeys * kConsumers);
     rows.gather_totals();
     wgmma_wait<0>(sums);
@@ -378,7 +374,7 @@ __device__ __forceinline__ void consume(const Work& work, Barriers& barriers,
 #pragma unroll
   for (int i = 0; i < kDim / 2; i++) sums[i] = 0.f;
   Rows rows;
-  Consumer{work, {barriers, 0, 0}, consumer, work.tiles_of(consumer)}.run(sums, rows, scale);
+  Consumer{work, {barriers, consumer}}.run(sums, rows, scale);
   Exchange exchange = {stats, consumer};
   named_barrier(1, kMultiplying);  // what is given takes the place of queries and keys
   exchange.give(sums, rows);
@@ -416,16 +412,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) prefill_attention(
   let_next_start();
   if (threadIdx.x == 0) {
     fetch_map(&q), fetch_map(&keys), fetch_map(&values);
-    for (int i = 0; i < kStages; i++) {
-      barrier_init(barriers.full + i, 1);
-      barrier_init(barriers.empty + i, 4);  // the warps of the warpgroup that reads it
+    for (int i = 0; i < kConsumers * kStages; i++) {
+      barrier_init(barriers.full[0] + i, 1);
+      barrier_init(barriers.empty[0] + i, 4);  // the warps of the warpgroup that reads it
     }
     for (int i = 0; i < kColumnTiles; i++) barrier_init(barriers.first + i, 2);  // queries, keys
     barrier_init_done();
   }
   __syncthreads();
   bool copies = threadIdx.x == kMultiplying;
-  Producer producer = {q, keys, values, {barriers, 0, 0}};
+  Producer producer = {q, keys, values, barriers};
   wait_for_previous();
   if (copies) producer.bring_queries();  // while the count comes
   __syncwarp();

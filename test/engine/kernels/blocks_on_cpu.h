@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -56,6 +57,7 @@ struct Thread {
   u64 cluster_generation;
   Tasks copies, products;
   std::vector<const void*> loads;  // 16-byte rows whose matrices nobody has used yet
+  std::map<const u64*, u32> phases;  // of barriers, how many have passed when it last looked
 };
 struct alignas(1024) Block {
   unsigned char displaced[kSharedAlign];
@@ -203,6 +205,7 @@ static void begin_block(int rank, int index, int threads) {
     t.operations = 0;
     t.copies = t.products = Tasks{};
     t.loads.clear();
+    t.phases.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStackBytes;

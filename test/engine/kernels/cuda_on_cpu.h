@@ -80,7 +80,7 @@ static inline void wait_for_previous() {}
 namespace cpu {
 struct Barrier {
   int bytes;  // still awaited; negative if they come before they are announced
-  u32 arrivals : 12, arrivals_of_phase : 12, parity : 1, mark : 7;
+  u32 arrivals : 10, arrivals_of_phase : 10, phase : 5, mark : 7;
 };
 constexpr u32 kMark = 0x2d;
 
@@ -97,16 +97,21 @@ static void count(u64* barrier, int arrivals, int bytes) {
   b->bytes += bytes;
   if (b->arrivals == 0 && b->bytes == 0) {
     b->arrivals = b->arrivals_of_phase;
-    b->parity ^= 1;
+    b->phase++;
   }
   moves++;
 }
 static void init(u64* barrier, u32 arrivals) {
-  if (arrivals < 1 || arrivals > 4095) fail("a barrier waits for 1 to 4095 arrivals");
+  if (arrivals < 1 || arrivals > 1023) fail("a barrier waits for 1 to 1023 arrivals");
   *(Barrier*)barrier = {0, arrivals, arrivals, 0, kMark};
 }
+// A wait tells a phase from the one before it, by its parity, and not from the one before that: it
+// would be over too early if a phase that the thread has not waited for were still to come.
 static void wait(u64* barrier, u32 parity) {
-  while (checked(barrier)->parity == parity) yield("barrier_wait");
+  while (checked(barrier)->phase % 2 == parity) yield("barrier_wait");
+  u32 passed = checked(barrier)->phase, &seen = thread->phases[barrier];
+  if ((passed - seen) % 32 > 1) fail("a thread waits at a barrier of which it has missed a phase");
+  seen = passed;
 }
 }  // namespace cpu
 static inline void barrier_init(u64* barrier) { cpu::init(barrier, 1); }

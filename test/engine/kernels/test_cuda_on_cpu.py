@@ -131,6 +131,7 @@ def test_a_wait_that_is_missing_is_seen(tiles, mistake):
         ('kLeaveEarly', "ends while copies|after its block's end"),
         ('kNoBarriersYet', 'a barrier is used without barrier_init'),
         ('kTooFewBytes', 'waits for ever in barrier_wait'),
+        ('kMissedPhase', 'at a barrier of which it has missed a phase'),
     ],
 )
 def test_what_a_gpu_leaves_undefined_is_said(tiles, mistake, message):

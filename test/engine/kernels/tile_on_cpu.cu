@@ -6,7 +6,7 @@ DYNAMIC_SHARED(shared_memory);
 // What a kernel can forget; nothing in the kernel that is right.
 enum Mistake {
   kNone, kNoWaitForTiles, kNoWaitForRoom, kRoomTooEarly, kRoomOfOwnBlock, kNoCommit,
-  kNoWaitForSums, kLeaveEarly, kNoBarriersYet, kTooFewBytes
+  kNoWaitForSums, kLeaveEarly, kNoBarriersYet, kTooFewBytes, kMissedPhase
 };
 
 constexpr int kRows = 64, kColumns = 128, kDepth = 64, kStages = 2, kConsumers = 128;
@@ -45,7 +45,8 @@ __device__ __forceinline__ void multiply(const Shared& s, float (&acc)[kColumns 
   int step = 0;
   for (; step * kDepth < depth; step++) {
     unsigned char* tiles = s.stages + step % kStages * kStage;
-    if (mistake != kNoWaitForTiles) barrier_wait(s.full + step % kStages, step / kStages % 2);
+    bool waits = mistake != kNoWaitForTiles && !(mistake == kMissedPhase && step == 1);
+    if (waits) barrier_wait(s.full + step % kStages, step / kStages % 2);
     u64 a = tile_operand(tiles), b = tile_operand(tiles + kTileA);
     wgmma_begin();
     for (int k = 0; k < kDepth / 16; k++) wgmma<kColumns>(acc, a + k * 2, b + k * 2);
