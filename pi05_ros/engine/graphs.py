@@ -55,8 +55,8 @@ class StageGraph:
 class StageClock:
     """CUDA events between the stages of a call.
 
-    Where a mark is captured, every replay of the graph records the event anew. That takes the
-    device less time than an event between two graphs, and the host none.
+    Where a mark is captured, every replay of the graph records the event anew, and the host makes
+    no call for it between two graphs.
     """
 
     def __init__(self, marks: int) -> None:
