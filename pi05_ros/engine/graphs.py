@@ -57,11 +57,19 @@ class StageClock:
 
     Where a mark is captured, every replay of the graph records the event anew, and the host makes
     no call for it between two graphs.
+
+    Raises:
+        BackendError: this PyTorch records no events in graphs.
     """
 
     def __init__(self, marks: int) -> None:
-        options = {'enable_timing': True, 'external': True}
-        self.events = [torch.cuda.Event(**options) for _ in range(marks)]
+        try:
+            events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(marks)]
+        except TypeError:  # `external` came with 2.8
+            raise BackendError(
+                f'CUDA graphs record no events in PyTorch {torch.__version__}; install 2.8 or newer'
+            ) from None
+        self.events = events
 
     def mark(self, index: int, stream: torch.cuda.Stream) -> None:
         """Record event ``index`` on the stream."""

@@ -61,3 +61,12 @@ def test_an_interval_is_read_before_the_next_event_is_waited_for(monkeypatch):
     assert clock.intervals_ms(0, 2) == [2.0, 4.0]
     assert calls == ['wait 3.0', 'read to 3.0', 'wait 7.0', 'read to 7.0']
     assert clock.intervals_ms(2, 3) == [8.0]
+
+
+def test_an_old_pytorch_is_an_error_that_says_which_is_needed(monkeypatch):
+    def event(enable_timing: bool = False) -> object:
+        return object()
+
+    monkeypatch.setattr(torch.cuda, 'Event', event)
+    with pytest.raises(BackendError, match='install 2.8 or newer'):
+        StageClock(2)
