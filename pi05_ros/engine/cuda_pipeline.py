@@ -69,6 +69,7 @@ class CudaPipeline(Pipeline):
         self.device = str(place)
         check_device(place)
         check_limits(config, shape)
+        self._clock = StageClock(7)
         with torch.cuda.device(place), torch.inference_mode():
             self._stream, self._side = torch.cuda.Stream(place), torch.cuda.Stream(place)
             self._rest_sent = torch.cuda.Event()
@@ -294,7 +295,7 @@ class CudaPipeline(Pipeline):
         """Capture every graph that a call can need, all sharing one memory pool."""
         pool, stream = torch.cuda.graph_pool_handle(), self._stream
         self._inputs.fill_with_longest(self.prefill.num_image_rows)
-        clock = self._clock = StageClock(7)
+        clock = self._clock
 
         def graph(name: str, launch: Callable[[], None], mark: int) -> StageGraph:
             def launch_and_mark() -> None:

@@ -67,7 +67,7 @@ class StageClock:
             events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(marks)]
         except TypeError:  # `external` came with 2.8
             raise BackendError(
-                f'CUDA graphs record no events in PyTorch {torch.__version__}; install 2.8 or newer'
+                f'PyTorch {torch.__version__} records no events in graphs; install 2.8 or newer'
             ) from None
         self.events = events
 
