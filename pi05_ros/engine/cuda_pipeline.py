@@ -339,10 +339,16 @@ class CudaPipeline(Pipeline):
         """Send what vision does not need, on a stream beside it; the next stage waits for it.
 
         Returns: the step count of the call.
+        Raises:
+            BackendError: the call does not fit; the device has done with its images.
         """
         steps = self.shape.num_steps if num_steps is None else num_steps
-        self.check_rest(tokens, noise, steps)
-        self._check_tokens(tokens)
+        try:
+            self.check_rest(tokens, noise, steps)
+            self._check_tokens(tokens)
+        except BackendError:
+            self._stream.synchronize()  # the images are the caller's again
+            raise
         with self._on_side:
             self._inputs.send_rest(tokens, noise, self.prefill.num_image_rows)
             self._rest_sent.record(self._side)

@@ -355,6 +355,7 @@ def test_calls_outside_the_shape_are_refused(build):
     ):
         with pytest.raises(BackendError, match=match):
             call(pipeline, replace(other, **change))
+        assert pipeline._stream.query(), 'a refused call leaves nothing behind on the device'
         assert np.array_equal(call(pipeline, inputs), expected)
     with pytest.raises(BackendError, match='num_steps 11 is outside 1 to 10'):
         call(pipeline, other, 11)

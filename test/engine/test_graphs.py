@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from pi05_ros.engine.cuda_pipeline import CudaPipeline
 from pi05_ros.engine.graphs import StageClock, StageGraph
-from pi05_ros.engine.pipeline import BackendError
+from pi05_ros.engine.pipeline import BackendError, PipelineShape
+from pi05_ros.model.config import Pi05Config
 
 
 class FakeStream:
@@ -61,6 +65,20 @@ def test_an_interval_is_read_before_the_next_event_is_waited_for(monkeypatch):
     assert clock.intervals_ms(0, 2) == [2.0, 4.0]
     assert calls == ['wait 3.0', 'read to 3.0', 'wait 7.0', 'read to 7.0']
     assert clock.intervals_ms(2, 3) == [8.0]
+
+
+def test_a_refused_call_waits_for_the_images_that_were_sent():
+    pipeline, waits = object.__new__(CudaPipeline), []
+    pipeline.shape, pipeline.config = PipelineShape(((4, 6),), 8, 5), Pi05Config.tiny()
+    pipeline._stream = SimpleNamespace(synchronize=lambda: waits.append('stream'))
+    noise = np.zeros((5, pipeline.config.action_dim), np.float32)
+    for tokens, match in (
+        (np.zeros(9, int), '1 to 8 prompt tokens'),
+        (np.array([-1]), 'token -1'),
+    ):
+        with pytest.raises(BackendError, match=match):
+            pipeline._send_rest(tokens, noise, None)
+    assert waits == ['stream'] * 2
 
 
 def test_an_old_pytorch_is_an_error_that_says_which_is_needed(monkeypatch):
