@@ -154,6 +154,20 @@ def test_calls_in_turn_change_no_bit_of_each_other(build):
     assert not other, f'{len(other)} of {turns * len(cases)} calls differ: {other[:5]}'
 
 
+@pytest.mark.parametrize('tokens', [5, 9, 40, 121, 199])
+def test_no_bit_tells_what_the_prefill_held_before(build, tokens):
+    """Rows beyond the prompt are computed with whatever the calls before left there."""
+    pipeline, inputs = build(2, 50), make_inputs(2, 50, tokens, seed=tokens)
+    stage, expected = pipeline.prefill, call(pipeline, inputs, 1)
+    held = (stage.prefix, stage.x, stage.q, stage.attended, stage.hidden, stage.keys, stage.values)
+    for seed in range(5):
+        generator = torch.Generator('cuda').manual_seed(seed)
+        for buffer in held:
+            buffer.normal_(generator=generator)
+        torch.cuda.synchronize()
+        assert np.array_equal(call(pipeline, inputs, 1), expected)
+
+
 def test_a_rehearsal_changes_no_bit_and_the_host_is_lent_out_once_per_call(build):
     pipeline, inputs, other = build(2, 50), make_inputs(2, 50), make_inputs(2, 50, 9, seed=5)
     expected, lent = call(pipeline, inputs), []

@@ -12,16 +12,16 @@
 constexpr int kWarpUnits = 8 * kParts;
 static_assert(kParts == 2, "a warp writes 32 bytes of a token");
 
-// gelu_tanh(a gate) * (a up) of a unit and two tokens, with one reciprocal: 1 / x = y / (x y). Where
-// the exponential is cut off, the result is 0 in bfloat16 as well.
+// gelu_tanh(a gate) * (a up) of two units of a token, with one reciprocal: 1 / x = y / (x y). Where
+// the exponential is cut off, the result is 0 in bfloat16 as well. Two tokens must not share one: the
+// second may be a row beyond the prompt, and the first one's rounding would tell what it holds.
 // gelu_tanh(v) = v * sigmoid(2 z), z = sqrt(2 / pi) * (v + 0.044715 v^3), in powers of two.
-__device__ __forceinline__ u32 geglu2(float a0, float gate0, float up0, float a1, float gate1,
-                                      float up1) {
-  float g0 = gate0 * a0, g1 = gate1 * a1;
+__device__ __forceinline__ float2 geglu2(float a, float gate0, float up0, float gate1, float up1) {
+  float g0 = gate0 * a, g1 = gate1 * a;
   float x = 1.f + exp2_fast(fminf(g0 * (-2.3022082f - 0.10294324f * g0 * g0), 60.f));
   float y = 1.f + exp2_fast(fminf(g1 * (-2.3022082f - 0.10294324f * g1 * g1), 60.f));
   float r = reciprocal(x * y);
-  return pack(g0 * (up0 * a0) * (y * r), g1 * (up1 * a1) * (x * r));
+  return make_float2(g0 * (up0 * a) * (y * r), g1 * (up1 * a) * (x * r));
 }
 
 // The scales of a tile's tokens: lane l of a warp has those of the tokens l, l + 32, ...
@@ -51,13 +51,10 @@ __device__ __forceinline__ void write(const Sums& sums, const Scales& scales, bf
   size_t step = (size_t)8 * width;
 #pragma unroll
   for (int group = 0; group < TOKENS / 8; group++, target += step) {
-    float a0 = scales.of(group, 0), a1 = scales.of(group, 1);
-    u32 words[kParts];
-#pragma unroll
-    for (int part = 0; part < kParts; part++) {
-      const float* v = sums.acc[part] + group * 4;
-      words[part] = transpose8(geglu2(a0, v[0], v[2], a1, v[1], v[3]));
-    }
+    const float *v = sums.acc[0] + group * 4, *w = sums.acc[1] + group * 4;
+    float2 first = geglu2(scales.of(group, 0), v[0], v[2], w[0], w[2]);
+    float2 second = geglu2(scales.of(group, 1), v[1], v[3], w[1], w[3]);
+    u32 words[kParts] = {transpose8(pack(first.x, second.x)), transpose8(pack(first.y, second.y))};
     if (token + group * 8 < rows) store_global(target, words[0], words[1]);
   }
 }

@@ -38,6 +38,15 @@ def _twin(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _launch(kernels, tiling, x, merged, scale, out, processors):
+    (rows, depth), features = x.shape, len(merged)
+    kernels.launch(
+        'gate_up', grid(tiling, rows, features, processors), THREADS, tiling.cluster,
+        TensorMap(x, tiling.tokens), TensorMap(merged, tiling.box_rows()),
+        scale, out, rows, features, depth,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ('tiling', 'rows', 'features', 'depth', 'processors'),
     [
@@ -55,15 +64,38 @@ def test_gate_up_matches_its_twin(tmp_path_factory, tiling, rows, features, dept
     x, weight = _draw(rows, features, depth)
     merged = interleave(*weight.chunk(2))
     room = torch.full((rows + 1, features // 2), float('nan'), dtype=torch.bfloat16)
-    kernels.launch(
-        'gate_up', grid(tiling, rows, features, processors), THREADS, tiling.cluster,
-        TensorMap(x, tiling.tokens), TensorMap(merged, tiling.box_rows()),
-        gate_up.row_scale_plain(x, _EPS)[:, 0].contiguous(), room[:rows], rows, features, depth,
-    )  # fmt: skip
+    scale = gate_up.row_scale_plain(x, _EPS)[:, 0].contiguous()
+    _launch(kernels, tiling, x, merged, scale, room[:rows], processors)
     assert room[rows].isnan().all()
     twin = _twin(x, weight)
     errors = (room[:rows].float() - twin).norm(dim=1) / twin.norm(dim=1)
     assert errors.max() < 4e-3
+
+
+def test_a_row_does_not_tell_what_its_neighbours_hold(tmp_path_factory):
+    """Rows beyond the prompt hold what calls before left there.
+
+    Every result is 16 (1 + 3/256), half way between two numbers of bfloat16: it shows a factor
+    that is not quite 1, as y * (1 / y) is for some of a neighbour's y.
+    """
+    tiling, rows, depth = Tiling(256, 24, 1), 21, 64
+    library = tmp_path_factory.mktemp('neighbours') / 'gate_up.so'
+    kernels = CpuModule(hopper_gate_up._SOURCE, tiling.defines(), library)
+    weight = torch.zeros(2, 128, depth)
+    weight[0, :, 0], weight[1, :, 0], weight[1, :, 1] = 16.0, 1.0, 3.0 / 256
+    merged = interleave(*weight).bfloat16()
+    x = torch.zeros(rows, depth)
+    x[:, :2] = 1.0
+    held = torch.linspace(-0.3, 0.1, rows)[:, None]
+    results = []
+    for kept in (slice(0, None), slice(0, None, 2), slice(1, None, 2)):
+        drawn = held.expand(rows, depth).clone()
+        drawn[kept] = x[kept]
+        out = torch.empty(rows, 128, dtype=torch.bfloat16)
+        _launch(kernels, tiling, drawn.bfloat16(), merged, torch.ones(rows), out, 1)
+        results.append(out[kept])
+    assert torch.equal(results[1], results[0][::2])
+    assert torch.equal(results[2], results[0][1::2])
 
 
 def test_gate_and_up_of_a_unit_are_eight_rows_apart():
