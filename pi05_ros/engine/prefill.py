@@ -1,8 +1,8 @@
 """Prefill: the prefix through the language model, leaving K and V of every layer.
 
 The number of valid prefix rows lives on the device. The host only picks how many rows the GEMMs
-run over (a bucket at or above it). Rows between the two enter as zero, and the attention leaves there
-what calls before wrote: nobody attends to them, and no kernel lets a row depend on another one.
+run over (a bucket at or above it). Rows between the two enter as zero, and the attention leaves
+there what calls before wrote: nobody attends to them, and no kernel lets a row depend on another.
 """
 
 from __future__ import annotations
