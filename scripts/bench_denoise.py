@@ -41,6 +41,7 @@ from pi05_ros.engine.denoise_tuning import load_denoise_tuning, save_denoise_tun
 from pi05_ros.engine.hopper_chain import HopperChain
 from pi05_ros.engine.kernels.prefill_attention import KEY_ROWS_MULTIPLE
 from pi05_ros.model.config import Pi05Config
+from pi05_ros.tools.terminal import output_file
 
 ALL_SHAPES = (
     (50, 968, 10), (50, 712, 10), (50, 552, 3), (50, 261, 1), (15, 712, 10), (10, 552, 10),
@@ -290,7 +291,7 @@ def main() -> None:
     parser.add_argument('--prefix', type=int, default=712, help='valid prefix tokens')
     parser.add_argument('--parts', type=int, default=14, help='processes that compile')
     parser.add_argument('--precompile', type=int, help=argparse.SUPPRESS)
-    parser.add_argument('--json', type=Path, help='write all figures here')
+    parser.add_argument('--json', type=output_file, help='write all figures here')
     options = parser.parse_args()
     options.end = started + options.deadline
     config = Pi05Config.full()

@@ -40,7 +40,7 @@ from pi05_ros.tools.demo import (
 )
 from pi05_ros.tools.processes import Child, Children, ProcessError, children, wait_until
 from pi05_ros.tools.report import format_counts
-from pi05_ros.tools.terminal import make_console, positive
+from pi05_ros.tools.terminal import make_console, output_file, positive
 
 SAMPLE_S = 10.0
 WARM_UP_S = 120.0
@@ -83,7 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--rate-hz', type=positive, default=20.0)
     parser.add_argument('--checkpoint', metavar='DIR', help='default: a tiny one is made')
     parser.add_argument('--out', type=Path, default=Path('soak_output'), help='logs go here')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write samples and verdicts')
+    parser.add_argument(
+        '--json', type=output_file, metavar='FILE', help='write samples and verdicts'
+    )
     parser.add_argument(
         '--ros-args', nargs=argparse.REMAINDER, default=[], help='more, for the node'
     )

@@ -11,7 +11,6 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .bench_rate import AtRate, GpuLoad, GpuProbe, measure_at
 from .measure import Inputs, LinearModel, Timing
 from .random_weights import random_state
 from .roofline import Ceilings, stage_floors_ms
-from .terminal import image_size, make_console, positive_count
+from .terminal import image_size, make_console, output_file, positive_count
 
 SWEEP_STEPS = (1, 2, 3, 5, 10)
 _ORACLE_CALLS = 10
@@ -145,8 +144,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--device', default='auto', help='default: auto')
     parser.add_argument('--no-oracle', action='store_true', help='leave the slow oracle out')
     parser.add_argument('--no-sweep', action='store_true', help='leave the sweep over steps out')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='write a bar chart')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write every figure')
+    parser.add_argument('--plot', type=output_file, metavar='FILE.png', help='write a bar chart')
     bench_ros.add_options(parser)
     parser.set_defaults(run=run)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from pi05_ros.control.images import NATIVE_ENCODINGS
 
-from .terminal import image_size, make_console, positive, positive_count
+from .terminal import image_size, make_console, output_file, positive, positive_count
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         '--device', default='auto', help='cuda: into page-locked memory (auto: where there is one)'
     )
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write every figure')
     parser.set_defaults(run=run)
 
 

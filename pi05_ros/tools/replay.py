@@ -30,7 +30,7 @@ from .bag import open_bag
 from .compare import Comparison, compare
 from .remapping import Remapping, parameter_override, remap_rule
 from .replayer import Replay, ReplayError, Setup
-from .terminal import Progress, make_console
+from .terminal import Progress, make_console, output_file
 
 BAR_COLUMNS = 24
 # Options that are parameters of the node under a shorter name.
@@ -51,10 +51,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--backend', help='default: as the node (auto)')
     parser.add_argument('--precision', help='bfloat16 or float32; default: as the node (auto)')
     parser.add_argument('--seed', type=int, metavar='N', help='of the noise; default: 0')
-    parser.add_argument('--out', type=Path, metavar='JSON', help='write the report here')
-    parser.add_argument('--actions', type=Path, metavar='NPZ', help='write the actions here')
+    parser.add_argument('--out', type=output_file, metavar='JSON', help='write the report here')
     parser.add_argument(
-        '--record-golden', type=Path, metavar='NPZ',
+        '--actions', type=output_file, metavar='NPZ', help='write the actions here'
+    )
+    parser.add_argument(
+        '--record-golden', type=output_file, metavar='NPZ',
         help='as --actions, but only of a whole replay that acted: a reference for '
         'pi05_ros.testing.check_golden',
     )  # fmt: skip
@@ -98,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     """Replay, print, write; return 0, or 1 if no tick acted."""
     console = make_console()
     bag: Path = args.bag or demo_bag()
-    _check_outputs(args.out, args.actions, args.record_golden)
     reference = ActionLog.load(args.compare) if args.compare else None
     session = ReplaySession(bag, setup_of(args), console)
     comparison: Comparison | None = None
@@ -124,13 +125,6 @@ def run(args: argparse.Namespace) -> int:
             raise ReplayError(f'no tick of {bag} acted, so there is nothing to pin')
         log.save(args.record_golden)
     return 0 if log.ticks.size else 1
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """Refuse what could not be written before the work, not after it."""
-    for path in filter(None, paths):
-        if not path.parent.is_dir():
-            raise ReplayError(f'cannot write {path}: {path.parent} is not a directory')
 
 
 class ReplaySession:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -105,3 +107,18 @@ def image_size(text: str) -> tuple[int, int]:
     if min(width, height) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxHEIGHT, e.g. 640x480')
     return height, width
+
+
+def output_file(text: str) -> Path:
+    """Read a file to write; refuse one that cannot be written before the work, not after it."""
+    path = Path(text)
+    reason = None
+    if not path.parent.is_dir():
+        reason = f'{path.parent} is not a directory'
+    elif path.is_dir():
+        reason = 'it is a directory'
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = 'permission denied'
+    if reason:
+        raise argparse.ArgumentTypeError(f'cannot write {path}: {reason}')
+    return path

@@ -89,6 +89,19 @@ def test_a_bad_count_is_a_usage_error(options, wrong, capsys):
     assert 'not a positive whole number' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('option', ['--json', '--plot'])
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(
+    options, option, tmp_path, capsys
+):
+    nowhere = tmp_path / 'nowhere' / 'bench'
+    for path, reason in ((nowhere, f'{nowhere.parent} is not a directory'), (tmp_path, 'it is a')):
+        with pytest.raises(SystemExit):
+            main([*options, option, str(path)])
+        found = capsys.readouterr()
+        assert f'cannot write {path}: {reason}' in found.err
+        assert not found.out
+
+
 def test_images_lie_where_the_pipeline_has_its_own():
     drawn = measure.draw_inputs([(6, 8), (4, 4)], 100, 5, (2, 3))
     buffers = []
