@@ -41,7 +41,8 @@ LEVELS = {
     'ERROR: the last transition failed.',
     'Inputs': 'WARN: too old, from the future, cameras apart, no task, or images taken the slow '
     'way. ERROR: missing, unusable, its QoS does not match, or two nodes publish one camera.',
-    'Pipeline': 'WARN: P99 of the tick above the period. ERROR: P50 above it.',
+    'Pipeline': 'WARN: P99 of the tick above the period, or `auto` runs eager on a GPU. ERROR: '
+    'P50 above the period.',
     'Action': 'WARN: some ticks of the last second did not act, nobody subscribes to the '
     'commands, or the clock stands still. ERROR: none did.',
     'Model': 'always OK',
@@ -110,7 +111,7 @@ def diagnostics_statuses() -> list[status.Status]:
     return [
         status.lifecycle_status(view),
         status.inputs_status(inputs, settings, 0, {}, {}, 'direct'),
-        status.pipeline_status(statistics, settings, info.stage_backends),
+        status.pipeline_status(statistics, settings, info.stage_backends, info.device),
         status.action_status(core, statistics, status.OutputView('', 0, ''), True, 0),
         status.model_status(info.as_dict(), settings, ''),
         gpu_status('cuda:0', GpuReading('', '')),

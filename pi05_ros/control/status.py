@@ -165,11 +165,20 @@ def pipeline_status(
     statistics: TickStatistics,
     settings: NodeSettings,
     stage_backends: Mapping[str, str],
+    device: str,
 ) -> Status:
-    """Say how long each stage takes, and what ran it."""
+    """Say how long each stage takes, and what ran it.
+
+    Args:
+        device: of the model, e.g. 'cuda:0'.
+    """
     period_ms = settings.period_ns / NS_PER_MS
     tick = statistics.tick
-    level, message = OK, f'backend {"/".join(dict.fromkeys(stage_backends.values()))}'
+    backends = '/'.join(dict.fromkeys(stage_backends.values()))
+    level, message = OK, f'backend {backends}'
+    if settings.backend == 'auto' and backends == 'eager' and device.startswith('cuda'):
+        level = WARN
+        message += ', slow, though there is a GPU: the log of configuring says why'
     if len(tick):
         message = f'tick {tick.percentile(50):.1f} ms of {period_ms:.1f} ms; {message}'
         # First what is wrong: a monitor shows the beginning of the line.

@@ -47,7 +47,9 @@ def build_pipeline(
         misfit = _cuda_misfit(checkpoint.config, shape, chosen_device)
         if misfit is not None:
             chosen, reason = 'eager', misfit
-    _log.info(
+    fell_back = backend == 'auto' and chosen == 'eager' and chosen_device.type == 'cuda'
+    _log.log(
+        logging.WARNING if fell_back else logging.INFO,
         'backend %s asked for, %s runs on %s in %s (%s)',
         backend, chosen, chosen_device, precision, reason,
     )  # fmt: skip

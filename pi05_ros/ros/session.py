@@ -268,7 +268,7 @@ class Session:
         output = self.running.output
         return [
             of_inputs,
-            status.pipeline_status(self.statistics, settings, info.stage_backends),
+            status.pipeline_status(self.statistics, settings, info.stage_backends, info.device),
             status.action_status(
                 core,
                 self.statistics,

@@ -162,7 +162,7 @@ def test_cameras_apart_are_a_warning():
 def test_pipeline_text():
     _, statistics = acting_rig()
     assert_text(
-        status.pipeline_status(statistics, Rig().settings, BACKENDS),
+        status.pipeline_status(statistics, Rig().settings, BACKENDS, 'cuda:0'),
         """
         [OK] Pipeline: tick 12.0 ms of 50.0 ms; backend tensorrt/cuda
           backend asked: auto
@@ -214,9 +214,20 @@ def test_pipeline_level_compares_ticks_with_the_period(tick_ms, level, begin):
     statistics = TickStatistics()
     for value in tick_ms:
         statistics.record(chunk, value, value)
-    found = status.pipeline_status(statistics, rig.settings, BACKENDS)
+    found = status.pipeline_status(statistics, rig.settings, BACKENDS, 'cuda:0')
     assert found.level == level
     assert found.message.startswith(begin)
+
+
+@pytest.mark.parametrize(
+    ('backend', 'device', 'level'),
+    [('auto', 'cuda:0', WARN), ('auto', 'cpu', OK), ('eager', 'cuda:0', OK)],
+)
+def test_a_gpu_that_auto_leaves_to_the_slow_backend_is_a_warning(backend, device, level):
+    eager = dict.fromkeys(BACKENDS, 'eager')
+    found = status.pipeline_status(TickStatistics(), Rig(backend=backend).settings, eager, device)
+    assert found.level == level
+    assert ('though there is a GPU' in found.message) == (level == WARN)
 
 
 def test_action_text():

@@ -110,7 +110,7 @@ def test_auto_falls_back_on_an_old_gpu_and_the_log_says_why(
     gpu.setattr(
         'pi05_ros.engine.build.load_model', lambda path, device, precision: load_model(path)
     )
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         pipeline = build_pipeline(checkpoint, SHAPE)
     assert isinstance(pipeline, EagerPipeline)
     assert 'auto asked for, eager runs on cuda:0' in caplog.text
