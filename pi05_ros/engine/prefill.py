@@ -2,7 +2,7 @@
 
 The number of valid prefix rows lives on the device. The host only picks how many rows the GEMMs
 run over (a bucket at or above it). Rows between the two enter as zero, and the attention leaves
-there what calls before wrote: nobody attends to them, and no kernel lets a row depend on another.
+there what calls before wrote: neither their keys nor anything else of them may reach a valid row.
 """
 
 from __future__ import annotations

@@ -332,8 +332,9 @@ def test_without_an_action_there_is_nothing_to_pin(replay, tmp_path, capsys):
 
 def test_file_that_cannot_be_written_is_refused_before_the_replay(short_bag, tmp_path, capsys):
     nowhere = tmp_path / 'nowhere' / 'actions.npz'
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(['replay', str(short_bag), '--actions', str(nowhere)])
+    assert ended.value.code == 2
     found = capsys.readouterr()
     assert f'cannot write {nowhere}' in found.err
     assert not found.out
